@@ -1,0 +1,39 @@
+"""Every environment variable of ours, read when asked (tests and launchers may change them)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "0").lower() not in ("", "0", "false", "no")
+
+
+def debug() -> bool:
+    """FI_DEBUG=1: `run` reads page tables back and checks every entry. Synchronises; not for serving."""
+    return _flag("FI_DEBUG")
+
+
+def cpu_backend() -> bool:
+    """FI_BACKEND_CPU=1: take the CPU attention slot of an engine."""
+    return _flag("FI_BACKEND_CPU")
+
+
+def cache_dir() -> Path:
+    """FI_CACHE_DIR: where compiled libraries are kept. Default ~/.cache/fi_backend."""
+    given = os.environ.get("FI_CACHE_DIR")
+    if given:
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "fi_backend"
+
+
+def host_compiler() -> str:
+    """CXX: the C++ compiler of the host. Default g++."""
+    return os.environ.get("CXX") or "g++"
+
+
+def cuda_home() -> str | None:
+    """CUDA_HOME: root of the CUDA toolkit, asked when torch knows none."""
+    return os.environ.get("CUDA_HOME") or None

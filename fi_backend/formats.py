@@ -1,0 +1,208 @@
+"""What an engine keeps in memory, as we read it: a paged KV cache and the sparse matrix of rows against pages.
+
+Nothing is copied: a format holds the engine's own tensors. Strides are read, never assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _check_rank(name: str, x: torch.Tensor, rank: int, shape: str) -> None:
+    if x.dim() != rank:
+        raise ValueError(f"expected {name} {shape}, got shape {list(x.shape)}")
+
+
+def _check_int(name: str, x: torch.Tensor, device: torch.device, *wanted: torch.dtype) -> None:
+    if x.dtype not in wanted:
+        raise TypeError(f"expected {name} of {' or '.join(map(str, wanted))}, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"expected {name} on {device} (where the page table is), got {x.device}")
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Paged K and V: logical views k [pages, page_size, kv_heads, head_dim_qk], v [..., head_dim_vo].
+
+    Any strides with head_dim contiguous; bf16, f16 or f32 (CPU only). Build one with `packed` or `separate`.
+    Raises ValueError or TypeError if K and V do not belong together.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def __post_init__(self) -> None:
+        k, v = self.k, self.v
+        for name, x in (("k", k), ("v", v)):
+            _check_rank(name, x, 4, "[pages, page_size, kv_heads, head_dim]")
+            if x.dtype not in DTYPES:
+                raise TypeError(f"expected {name} of bfloat16, float16 or float32, got {x.dtype}")
+            if x.stride(3) != 1 and x.shape[3] != 1:
+                raise ValueError(f"expected {name} with a contiguous head_dim, got strides {list(x.stride())}")
+        if k.shape[:3] != v.shape[:3]:
+            raise ValueError(
+                f"expected k and v of the same pages, page_size and kv_heads, got {list(k.shape)} and {list(v.shape)}"
+            )
+        if k.dtype != v.dtype:
+            raise TypeError(f"expected k and v of one dtype, got {k.dtype} and {v.dtype}")
+        if k.device != v.device:
+            raise ValueError(f"expected k and v on one device, got {k.device} and {v.device}")
+
+    @classmethod
+    def packed(cls, cache: torch.Tensor) -> KVCache:
+        """cache [pages, kv_heads, page_size, 2 * head_dim]: K is the first half of each row, V the second."""
+        _check_rank("packed cache", cache, 4, "[pages, kv_heads, page_size, 2 * head_dim]")
+        if cache.shape[3] % 2:
+            raise ValueError(f"expected a packed cache with an even last dimension, got {cache.shape[3]}")
+        logical, dim = cache.transpose(1, 2), cache.shape[3] // 2
+        return cls(logical[..., :dim], logical[..., dim:])
+
+    @classmethod
+    def separate(cls, k: torch.Tensor, v: torch.Tensor, layout: str = "NHD") -> KVCache:
+        """NHD: k, v [pages, page_size, kv_heads, head_dim]; HND: [pages, kv_heads, page_size, head_dim]."""
+        if layout not in ("NHD", "HND"):
+            raise ValueError(f"expected layout NHD or HND, got {layout!r}")
+        if layout == "HND":
+            _check_rank("k", k, 4, "[pages, kv_heads, page_size, head_dim]")
+            _check_rank("v", v, 4, "[pages, kv_heads, page_size, head_dim]")
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return cls(k, v)
+
+    @property
+    def num_pages(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def head_dim_qk(self) -> int:
+        return self.k.shape[3]
+
+    @property
+    def head_dim_vo(self) -> int:
+        return self.v.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
+
+@dataclass(frozen=True)
+class BlockSparse:
+    """Which pages each request's rows see. Entry p of request r lies at
+
+        table.flat[(starts[r] if starts is given else r) * start_stride + p * entry_step]
+
+    and is a page id, or a token slot (page * page_size + offset) with entries_are_slots.
+    qo_indptr [R + 1] int32: offsets of query tokens, the queries are the last ones of their request's keys.
+    kv_len [R] int32: keys of each request, 0 is legal. Build one with a `from_` constructor.
+    """
+
+    qo_indptr: torch.Tensor
+    kv_len: torch.Tensor
+    table: torch.Tensor
+    starts: torch.Tensor | None
+    start_stride: int
+    entry_step: int
+    entries_are_slots: bool
+    page_size: int
+
+    def __post_init__(self) -> None:
+        device = self.table.device
+        for name, x in (("qo_indptr", self.qo_indptr), ("kv_len", self.kv_len)):
+            _check_rank(name, x, 1, "[requests + 1]" if name == "qo_indptr" else "[requests]")
+            _check_int(name, x, device, torch.int32)
+            if x.shape[0] > 1 and x.stride(0) != 1:
+                raise ValueError(f"expected {name} contiguous, got stride {x.stride(0)}")
+        _check_int("page table", self.table, device, torch.int32)
+        requests = self.kv_len.shape[0]
+        if self.qo_indptr.shape[0] != requests + 1:
+            raise ValueError(
+                f"expected qo_indptr of {requests + 1} entries (kv_len has {requests}), got {self.qo_indptr.shape[0]}"
+            )
+        if self.page_size < 1:
+            raise ValueError(f"expected page_size of at least 1, got {self.page_size}")
+        if self.starts is not None:
+            _check_rank("starts", self.starts, 1, "[requests]")
+            _check_int("starts", self.starts, device, torch.int32, torch.int64)
+            if self.starts.shape[0] > 1 and self.starts.stride(0) != 1:
+                raise ValueError(f"expected starts contiguous, got stride {self.starts.stride(0)}")
+
+    @classmethod
+    def from_block_table(
+        cls, qo_indptr: torch.Tensor, kv_len: torch.Tensor, block_table: torch.Tensor, page_size: int
+    ) -> BlockSparse:
+        """block_table [R, W] int32 page ids, row r for request r; padded rows are fine (row stride is read)."""
+        _check_rank("block_table", block_table, 2, "[requests, pages]")
+        if block_table.shape[0] < kv_len.shape[0]:
+            raise ValueError(
+                f"expected a block_table of at least {kv_len.shape[0]} rows, got {block_table.shape[0]}"
+            )
+        stride, step = block_table.stride()
+        return cls(qo_indptr, kv_len, block_table, None, stride, step, False, page_size)
+
+    @classmethod
+    def from_token_table(
+        cls,
+        qo_indptr: torch.Tensor,
+        kv_len: torch.Tensor,
+        req_to_token: torch.Tensor,
+        rows: torch.Tensor,
+        page_size: int,
+    ) -> BlockSparse:
+        """req_to_token [P, L] int32 token slots; rows [R] int32 or int64: the pool row of each request.
+
+        With page_size > 1 only the slot of each page's first token is read: pages are aligned in the pool.
+        """
+        _check_rank("req_to_token", req_to_token, 2, "[pool rows, tokens]")
+        _check_rows("rows", rows, kv_len.shape[0])
+        stride, step = req_to_token.stride()
+        return cls(qo_indptr, kv_len, req_to_token, rows, stride, step * page_size, True, page_size)
+
+    @classmethod
+    def from_csr(
+        cls,
+        qo_indptr: torch.Tensor,
+        kv_len: torch.Tensor,
+        indptr: torch.Tensor,
+        indices: torch.Tensor,
+        page_size: int,
+    ) -> BlockSparse:
+        """indices [nnz] int32 page ids; those of request r begin at indptr[r]; indptr [R + 1] int32 or int64."""
+        _check_rank("indices", indices, 1, "[pages in use]")
+        _check_rows("indptr", indptr, kv_len.shape[0] + 1)
+        return cls(qo_indptr, kv_len, indices, indptr, 1, indices.stride(0), False, page_size)
+
+    @property
+    def num_requests(self) -> int:
+        return self.kv_len.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    @property
+    def table_size(self) -> int:
+        """Entries from the first of the table to its last, gaps of a strided view included."""
+        if self.table.numel() == 0:
+            return 0
+        return 1 + sum((n - 1) * s for n, s in zip(self.table.shape, self.table.stride(), strict=True))
+
+
+def _check_rows(name: str, x: torch.Tensor, wanted: int) -> None:
+    if x.dim() != 1 or x.shape[0] < wanted:
+        raise ValueError(f"expected {name} of at least {wanted} entries, got shape {list(x.shape)}")

@@ -1,0 +1,312 @@
+"""Builds and loads the three kinds of shared library: core, executor of a Spec, smxx.
+
+A library is a folder of the cache, published by one rename, named by the hash of everything that went into it.
+Many processes may ask for the same one: a file lock lets one compile and the others wait; the lock dies with
+its process, so a crashed builder wedges nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import env, toolchain
+from .toolchain import BuildError, log
+from .variants import Variant
+
+CPU = 0  # kArchCpu in csrc/tiles.h
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+_ELEMENTS = {"bf16": "FI_ELEMENT_BF16", "f16": "FI_ELEMENT_F16", "f32": "FI_ELEMENT_F32"}
+_C_TYPES = {"float": "float", "int": "int32_t", "tensor": "const float*"}
+
+
+def csrc() -> Path:
+    here = Path(__file__).resolve().parent
+    for folder in (here / "csrc", here.parent / "csrc"):
+        if (folder / "params.h").exists():
+            return folder
+    raise BuildError(f"expected the C++ sources in {here / 'csrc'}, found none: reinstall fi_backend")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One executor build. arch: 0 for the CPU, else 80, 86, 89, 90, ...; dtype: "bf16", "f16", "f32" (CPU only)."""
+
+    arch: int
+    dtype: str
+    head_dim_qk: int
+    head_dim_vo: int
+    variant: Variant
+
+    def __post_init__(self) -> None:
+        step = 8 if self.arch == CPU else 16
+        for name, value in (("head_dim", self.head_dim_qk), ("head_dim_vo", self.head_dim_vo)):
+            if not (0 < value <= 256 and value % step == 0):
+                raise ValueError(f"expected {name} to be a multiple of {step} from {step} to 256, got {value}")
+        if self.arch != CPU:
+            check_gpu_arch(self.arch)
+        wanted = ("bf16", "f16", "f32") if self.arch == CPU else ("bf16", "f16")
+        if self.dtype not in wanted:
+            raise ValueError(f"expected dtype {' or '.join(wanted)} on {arch_name(self.arch)}, got {self.dtype}")
+
+    def __str__(self) -> str:
+        dims = f"{self.head_dim_qk}x{self.head_dim_vo}"
+        return f"{arch_name(self.arch)} attention {self.dtype} {dims} {self.variant}"
+
+    def header(self) -> str:
+        """The text of fi_spec.h: configuration only."""
+        members = "".join(f" alignas(8) {_C_TYPES[a.kind]} {a.name};" for a in self.variant.args)
+        features = ", ".join(f.functor for f in self.variant.features)
+        return (
+            f"// {self}\n#pragma once\n#define FI_ARCH {self.arch}\n#define {_ELEMENTS[self.dtype]} 1\n"
+            f'#include "variant.h"\nnamespace fi::spec {{\n'
+            f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
+            f"struct Args {{{members} }};\nusing Variant = fi::Compose<{features}>;\n}}  // namespace fi::spec\n"
+        )
+
+
+def arch_name(arch: int) -> str:
+    return "cpu" if arch == CPU else f"sm{arch}"
+
+
+def check_gpu_arch(arch: int) -> None:
+    if arch < 80:
+        raise ValueError(f"expected a GPU of compute capability 8.0 or newer, got {arch // 10}.{arch % 10}")
+
+
+@functools.cache
+def arch_of(device: torch.device) -> int:
+    """0 for a CPU device, else capability as 80, 90, ... Raises ValueError for a GPU older than 8.0."""
+    if device.type == "cpu":
+        return CPU
+    if device.type != "cuda":
+        raise ValueError(f"expected a cpu or cuda device, got {device}")
+    major, minor = torch.cuda.get_device_capability(device)
+    check_gpu_arch(major * 10 + minor)
+    return major * 10 + minor
+
+
+@dataclass(frozen=True)
+class Library:
+    """What to compile. folders: parts of csrc whose text goes into the key. steps(folder): command lines."""
+
+    label: str
+    name: str
+    folders: tuple[str, ...]
+    identity: tuple[str, ...]  # compiler and flags, without paths that differ between machines
+    header: str
+    steps: Callable[[Path], list[list[str]]]
+
+    def key(self) -> str:
+        digest = hashlib.sha256()
+        root = csrc()
+        files = sorted(root.glob("*.h"))
+        for folder in self.folders:
+            files += sorted(p for p in (root / folder).rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
+        for part in (*self.identity, self.header, *(f"{p.relative_to(root)}\n{p.read_text()}" for p in files)):
+            digest.update(part.encode() + b"\0")
+        return digest.hexdigest()[:20]
+
+
+@functools.cache
+def _core_library() -> Library:
+    import tvm_ffi
+
+    flags = ["-O2", "-std=c++17", "-fPIC", "-shared", "-Wall", "-fno-gnu-unique"]
+    libdir = str(Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent)
+    tvm_includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())
+
+    def steps(folder: Path) -> list[list[str]]:
+        sources = [str(p) for p in sorted((csrc() / "core").glob("*.cpp"))]
+        includes = [f"-I{p}" for p in (csrc(), *tvm_includes)]
+        libs = [f"-L{libdir}", "-ltvm_ffi", "-ldl"]
+        return [[env.host_compiler(), *flags, *includes, *sources, *libs, "-o", str(folder / "lib.so")]]
+
+    identity = (toolchain.host_version(), f"tvm_ffi {tvm_ffi.__version__}", *flags)
+    return Library("core", "core", ("core",), identity, "", steps)
+
+
+def _cpu_library(spec: Spec) -> Library:
+    flags = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-Wall", "-fopenmp", "-fno-gnu-unique"]
+    gomp = toolchain.openmp_runtime()
+
+    def steps(folder: Path) -> list[list[str]]:
+        cxx, obj = env.host_compiler(), str(folder / "attention.o")
+        source = str(csrc() / "cpu" / "attention.cpp")
+        return [
+            [cxx, *flags, f"-I{csrc()}", f"-I{folder}", "-c", source, "-o", obj],
+            [cxx, "-shared", "-Wl,-Bsymbolic", obj, gomp, "-o", str(folder / "lib.so")],
+        ]
+
+    identity = (toolchain.host_version(), toolchain.cpu_features(), os.path.basename(gomp), *flags)
+    return Library(str(spec), _file_name(spec), ("cpu",), identity, spec.header(), steps)
+
+
+def _nvcc_steps(sources: list[str], arch: int) -> tuple[tuple[str, ...], Callable[[Path], list[list[str]]]]:
+    # 90a: wgmma and TMA exist only in the architecture-specific set
+    number = "90a" if arch == 90 else str(arch)
+    flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{number},code=sm_{number}", "-lineinfo"]
+    flags += ["-Xcompiler=-fPIC,-fno-gnu-unique", "-Xlinker=-Bsymbolic", "-shared", "-Xptxas=-v"]
+
+    def steps(folder: Path) -> list[list[str]]:
+        files = [str(csrc() / s) for s in sources]
+        return [
+            [toolchain.nvcc(), *flags, f"-I{csrc()}", f"-I{folder}", *files, "-o", str(folder / "lib.so")]
+        ]
+
+    return (toolchain.nvcc_version(), *flags), steps
+
+
+def _gpu_library(spec: Spec) -> Library:
+    identity, steps = _nvcc_steps(["sm80/attention.cu"], spec.arch)
+    return Library(str(spec), _file_name(spec), ("sm80", "smxx"), identity, spec.header(), steps)
+
+
+def _smxx_library(arch: int) -> Library:
+    check_gpu_arch(arch)
+    identity, steps = _nvcc_steps(["smxx/plan.cu", "smxx/append.cu"], arch)
+    label = f"{arch_name(arch)} planner and append"
+    return Library(label, f"{arch_name(arch)}-smxx", ("smxx",), identity, "", steps)
+
+
+def _file_name(spec: Spec) -> str:
+    dims = f"{spec.head_dim_qk}x{spec.head_dim_vo}"
+    return f"{arch_name(spec.arch)}-{spec.dtype}-{dims}-{spec.variant}".replace("+", "_").lower()
+
+
+def library(spec: Spec) -> Library:
+    return _cpu_library(spec) if spec.arch == CPU else _gpu_library(spec)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, label: str) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log().info("waiting for another process that builds %s", label)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield  # closing the file releases the lock, and so does the death of this process
+
+
+def build(lib: Library) -> Path:
+    """Folder with lib.so and build.log, compiled now if the cache lacks it. Raises BuildError."""
+    cache = env.cache_dir()
+    target = cache / f"{lib.name}-{lib.key()}"
+    if (target / "lib.so").exists():
+        return target
+    try:
+        with _locked(cache / "locks" / f"{target.name}.lock", lib.label):
+            if not (target / "lib.so").exists():
+                # only the holder of the lock builds this name: what lies there is of a crashed builder
+                for stale in cache.glob(f"{target.name}.tmp-*"):
+                    shutil.rmtree(stale, ignore_errors=True)
+                _compile_into(lib, target)
+    except OSError as error:
+        raise BuildError(f"cannot write the cache folder {cache} (set FI_CACHE_DIR): {error}") from error
+    return target
+
+
+def _compile_into(lib: Library, target: Path) -> None:
+    log().info("building %s ...", lib.label)
+    start = time.perf_counter()
+    folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
+    try:
+        if lib.header:
+            (folder / "fi_spec.h").write_text(lib.header)
+        output = ""
+        for command in lib.steps(folder):
+            output += toolchain.call(command, lib.label)
+        (folder / "build.log").write_text(output)
+        os.chmod(folder, 0o755)  # mkdtemp makes it private; a shared cache is read by others
+        os.rename(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    log().info("built %s in %.1f s", lib.label, time.perf_counter() - start)
+
+
+def build_all(libs: Iterable[Library], jobs: int | None = None) -> list[Path]:
+    """Builds several at once, one compiler process per CPU."""
+    libs = list(libs)
+    if not libs:
+        return []
+    jobs = jobs or min(len(libs), os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(build, libs))
+
+
+@functools.cache
+def core() -> Any:
+    """The tvm-ffi module of csrc/core."""
+    import tvm_ffi
+
+    return tvm_ffi.load_module(str(build(_core_library()) / "lib.so"))
+
+
+def _address(lib: ctypes.CDLL, symbol: str) -> int:
+    address = ctypes.cast(getattr(lib, symbol), ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Addresses of the C functions fi_attention and fi_error."""
+
+    attention: int
+    error: int
+
+
+@dataclass(frozen=True)
+class Smxx:
+    """Addresses of the C functions fi_plan, fi_append and fi_error."""
+
+    plan: int
+    append: int
+    error: int
+
+
+@functools.cache
+def executor(spec: Spec) -> Executor:
+    """Builds on first use. Raises BuildError, and ValueError for a spec that no executor takes."""
+    lib = ctypes.CDLL(str(build(library(spec)) / "lib.so"))
+    return Executor(_address(lib, "fi_attention"), _address(lib, "fi_error"))
+
+
+@functools.cache
+def smxx(arch: int) -> Smxx:
+    """Device planner and append for a GPU of this arch (80, 90, ...). Builds on first use. Raises BuildError."""
+    lib = ctypes.CDLL(str(build(_smxx_library(arch)) / "lib.so"))
+    return Smxx(_address(lib, "fi_plan"), _address(lib, "fi_append"), _address(lib, "fi_error"))
+
+
+def needed(specs: Iterable[Spec]) -> list[Library]:
+    """Everything these specs load at run time: core, smxx of their GPUs, the executors."""
+    specs = list(dict.fromkeys(specs))
+    arches = sorted({s.arch for s in specs} - {CPU})
+    return [_core_library(), *(_smxx_library(a) for a in arches), *(library(s) for s in specs)]
+
+
+def main() -> int:
+    from .jit_cli import main as cli
+
+    return cli()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,177 @@
+"""What attention computes: features, composed into variants with `+`.
+
+A feature names its C++ functor (csrc/variant.h), its run-time arguments and the same arithmetic in eager torch,
+which only the test oracle uses. All logits are in natural units, already scaled.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+
+_FORMATS = {"float": "f4x", "int": "i4x", "tensor": "Q"}  # every argument fills one 8-byte slot
+MAX_ARGS = 8  # kMaxVariantBytes / 8 in csrc/params.h
+
+
+@dataclass(frozen=True)
+class Argument:
+    """kind: "float", "int", or "tensor" (float32 [q_heads], contiguous, on the device of q)."""
+
+    name: str
+    kind: str
+    at_least: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Feature:
+    """Eager forms take q_pos [Tq] and kv_pos [Tk] (int64) and the arguments by name.
+
+    mask -> bool [Tq, Tk], True: visible; logits(x [Hq, Tq, Tk]) -> same shape; sink -> [Hq].
+    """
+
+    name: str
+    functor: str
+    args: tuple[Argument, ...] = ()
+    mask: Callable[..., torch.Tensor] | None = None
+    logits: Callable[..., torch.Tensor] | None = None
+    sink: Callable[..., torch.Tensor] | None = None
+
+    def _rank(self) -> tuple[int, str]:
+        # masks commute, so they get one order and `WINDOW + CAUSAL` is the same build as `CAUSAL + WINDOW`;
+        # logits transforms keep the order they were written in
+        if self.mask is not None:
+            return (0, self.name)
+        return (1, "") if self.logits is not None else (2, self.name)
+
+
+class Variant:
+    """A composition of features. Equal compositions are one object, so identity is equality."""
+
+    features: tuple[Feature, ...]
+    args: tuple[Argument, ...]
+    name: str
+    _interned: dict[tuple[str, ...], Variant] = {}
+
+    def __new__(cls, *features: Feature) -> Variant:
+        ordered = tuple(sorted(dict.fromkeys(features), key=Feature._rank))
+        key = tuple(f.name for f in ordered)
+        if found := cls._interned.get(key):
+            return found
+        args = tuple(a for f in ordered for a in f.args)
+        if len({a.name for a in args}) != len(args):
+            raise ValueError(f"variant {'+'.join(key)}: two features share an argument name")
+        if len(args) > MAX_ARGS:
+            raise ValueError(f"variant {'+'.join(key)}: expected at most {MAX_ARGS} arguments, got {len(args)}")
+        if sum(f.sink is not None for f in ordered) > 1:
+            raise ValueError(f"variant {'+'.join(key)}: expected at most one sink")
+        self = super().__new__(cls)
+        self.features = ordered
+        self.args = args
+        self.name = "+".join(key) or "FULL"
+        self._struct = struct.Struct("<" + "".join(_FORMATS[a.kind] for a in args))
+        return cls._interned.setdefault(key, self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return parse, (self.name,)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def __add__(self, other: Variant) -> Variant:
+        if not isinstance(other, Variant):
+            return NotImplemented
+        return Variant(*self.features, *other.features)
+
+    def __contains__(self, other: Variant) -> bool:
+        return set(other.features) <= set(self.features)
+
+    def pack(self, values: Mapping[str, Any], q_heads: int, device: torch.device) -> bytes:
+        """The bytes of the generated struct Args. Raises ValueError on unknown, missing or ill-shaped arguments."""
+        if not self.args and not values:
+            return b""
+        if values.keys() != {a.name for a in self.args}:
+            self._complain(values)
+        return self._struct.pack(*[_slot(self, a, values[a.name], q_heads, device) for a in self.args])
+
+    def _complain(self, values: Mapping[str, Any]) -> None:
+        wanted = {a.name: a.kind for a in self.args}
+        for name in values:
+            if name not in wanted:
+                takes = ", ".join(wanted) or "no arguments"
+                raise ValueError(f"variant {self.name} takes {takes}, got unknown argument {name}")
+        for name, kind in wanted.items():
+            if name not in values:
+                raise ValueError(f"variant {self.name} needs argument {name} ({kind}), got none")
+
+
+def _slot(variant: Variant, arg: Argument, value: Any, q_heads: int, device: torch.device) -> Any:
+    if arg.kind == "tensor":
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"variant {variant.name}: expected {arg.name} to be a tensor, got {type(value).__name__}")
+        if value.shape != (q_heads,) or value.dtype != torch.float32 or not value.is_contiguous():
+            raise ValueError(
+                f"variant {variant.name}: expected {arg.name} contiguous float32 [{q_heads}] (q heads), "
+                f"got {value.dtype} {list(value.shape)} with strides {list(value.stride())}"
+            )
+        if value.device != device:
+            raise ValueError(f"variant {variant.name}: expected {arg.name} on {device}, got {value.device}")
+        return value.data_ptr()
+    number = int(value) if arg.kind == "int" else float(value)
+    if number != value:
+        raise ValueError(f"variant {variant.name}: expected {arg.name} to be an {arg.kind}, got {value!r}")
+    if arg.at_least is not None and not number >= arg.at_least:
+        raise ValueError(f"variant {variant.name}: expected {arg.name} >= {arg.at_least:g}, got {value!r}")
+    return number
+
+
+FULL = Variant()
+CAUSAL = Variant(
+    Feature("CAUSAL", "fi::Causal", mask=lambda q_pos, kv_pos, **_: kv_pos[None, :] <= q_pos[:, None])
+)
+WINDOW = Variant(
+    Feature(
+        "WINDOW",
+        "fi::Window",
+        (Argument("window", "int", at_least=1),),
+        mask=lambda q_pos, kv_pos, *, window, **_: kv_pos[None, :] > q_pos[:, None] - window,
+    )
+)
+SOFT_CAP = Variant(
+    Feature(
+        "SOFT_CAP",
+        "fi::SoftCap",
+        (Argument("soft_cap", "float", at_least=1e-6),),
+        logits=lambda x, q_pos, kv_pos, *, soft_cap, **_: soft_cap * torch.tanh(x / soft_cap),
+    )
+)
+ALIBI = Variant(
+    Feature(
+        "ALIBI",
+        "fi::Alibi",
+        (Argument("alibi_slopes", "tensor"),),
+        logits=lambda x, q_pos, kv_pos, *, alibi_slopes, **_: x
+        + alibi_slopes[:, None, None].to(x.dtype) * (kv_pos[None, :] - q_pos[:, None]).to(x.dtype),
+    )
+)
+SINKS = Variant(Feature("SINKS", "fi::Sinks", (Argument("sinks", "tensor"),), sink=lambda *, sinks, **_: sinks))
+
+BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS)}
+
+
+def parse(name: str) -> Variant:
+    """"CAUSAL+WINDOW" -> CAUSAL + WINDOW. Raises ValueError for a name that is not built in."""
+    parts = [BUILT_IN.get(part.strip().upper()) for part in name.split("+")]
+    if None in parts:
+        raise ValueError(f"expected a variant made of {', '.join(BUILT_IN)} joined by +, got {name!r}")
+    return reduce(Variant.__add__, parts)  # type: ignore[arg-type]
+
+
+def compose(*, causal: bool, window: bool, soft_cap: bool, alibi: bool, sinks: bool) -> Variant:
+    """The variant of a layer, in the one order that adapters and `jit warmup` agree on (soft cap before ALiBi)."""
+    wanted = ((CAUSAL, causal), (WINDOW, window), (SOFT_CAP, soft_cap), (ALIBI, alibi), (SINKS, sinks))
+    return reduce(Variant.__add__, (v for v, on in wanted if on), FULL)
