@@ -1,0 +1,133 @@
+// Everything that crosses from host to executor. Plain data: no torch, no CUDA headers.
+// Beside each pointer: [shape], unit, and what "empty" looks like.
+#pragma once
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define FI_HD __host__ __device__ __forceinline__
+#else
+#define FI_HD inline
+#endif
+
+namespace fi {
+
+// One piece of attention: a tile of packed query rows of one KV head against a range of KV tokens.
+// A packed row is (query token, query head of the group): row = token_in_request * group + head_in_group.
+struct WorkItem {
+  int32_t request;    // index into the batch
+  int32_t row_begin;  // first packed row of the tile, counted from the request's first row
+  int32_t kv_head;
+  int32_t kv_begin;  // KV tokens [kv_begin, kv_end), multiples of tile_kv; clamped to the true kv_len when read
+  int32_t kv_end;
+  int32_t slot;   // partial state to write, -1: the tile was not split, write the output directly
+  int32_t flags;  // ItemFlag
+  int32_t level;  // composable formats; 0 for a single format
+};
+enum ItemFlag : int32_t {
+  kWideTile = 1,    // tile_q_wide rows; otherwise tile_q_narrow
+  kFirstPiece = 2,  // lowest KV range of its tile: begins where the variant says, even below kv_begin
+};
+// A merge is a WorkItem too: kv_begin = first slot, kv_end = one past the last slot, slot = -1.
+
+// First 64 bytes of a plan buffer. Counts are of this plan; capacities are the planner's.
+struct PlanHeader {
+  int32_t items;
+  int32_t merges;
+  int32_t slots;
+  int32_t segments;  // row tiles of one KV head (batch invariant: times their chunks)
+  int64_t slice;     // cost given to one worker
+  int64_t total;     // cost of the whole batch
+  int32_t error;     // 0, or 1: more segments than max_segments, the plan is empty
+  int32_t reserved[7];
+};
+
+// BlockSparse as an executor sees it. Entry p of request r lies at
+//   table[start(r) + p * entry_step],  start(r) = (starts ? starts[r] : r) * start_stride
+struct Batch {
+  const int32_t* qo_indptr;  // [num_requests + 1] query tokens, offsets
+  const int32_t* kv_len;     // [num_requests] tokens, 0: no keys
+  const int32_t* table;      // flat; page ids, or token slots when entries_are_slots
+  const void* starts;        // [num_requests] int32 or int64 (starts_are_64); null: row r of a block table
+  int64_t start_stride;      // entries
+  int64_t table_size;        // entries that may be read (debug mode checks against it)
+  int32_t entry_step;        // entries from one page to the next
+  int32_t starts_are_64;
+  int32_t entries_are_slots;  // entry / page_size is the page id
+  int32_t num_requests;
+};
+
+// Element (p, t, h, d) of K lies at k + p * k_page + t * k_token + h * k_head + d, in elements; V likewise.
+struct KVCache {
+  void* k;
+  void* v;
+  int64_t k_page, k_token, k_head;
+  int64_t v_page, v_token, v_head;
+  int32_t page_size;  // tokens
+  int32_t num_pages;
+};
+
+constexpr int kMaxVariantBytes = 64;
+
+struct AttentionParams {
+  const void* q;  // [tokens, q_heads, head_dim_qk]
+  void* out;      // [tokens, q_heads, head_dim_vo]
+  float* lse;     // [tokens, q_heads] natural log, contiguous; null: not wanted
+  int64_t q_token, q_head;  // strides in elements
+  int64_t o_token, o_head;
+  KVCache kv;
+  Batch batch;
+  const PlanHeader* header;
+  const int32_t* worker_indptr;  // [workers + 1] into items
+  const WorkItem* items;
+  const WorkItem* merges;
+  float* partial_o;    // [slots, tile_q_wide, head_dim_vo] normalised within the piece
+  float* partial_lse;  // [slots, tile_q_wide] log2, -inf: no keys
+  int32_t workers;
+  int32_t kv_heads;
+  int32_t group;  // query heads per KV head
+  float scale;    // natural units: logit = scale * q.k
+  alignas(8) unsigned char variant_args[kMaxVariantBytes];  // the generated struct Args
+};
+
+// KV append: token i goes to slot_mapping[i] (= page * page_size + offset); negative: skipped.
+struct AppendParams {
+  const void* k;  // [tokens, kv_heads, head_dim_qk]
+  const void* v;  // [tokens, kv_heads, head_dim_vo]
+  int64_t k_token, k_head, v_token, v_head;  // strides in elements
+  KVCache kv;
+  const int64_t* slot_mapping;  // [tokens]
+  int32_t tokens;
+  int32_t kv_heads;
+  int32_t bytes_qk, bytes_vo;  // bytes of one head's K and V row
+  int32_t element_bytes;
+};
+
+// Input and output of a planner, host or device. All output pointers lie in the plan buffer.
+struct PlanParams {
+  const int32_t* qo_indptr;  // [num_requests + 1]
+  const int32_t* kv_len;     // [num_requests] upper bounds are fine
+  int32_t num_requests;
+  int32_t kv_heads;
+  int32_t group;
+  int32_t workers;
+  int32_t tile_q_wide, tile_q_narrow, tile_kv;
+  int32_t causal;         // 1: keys after the row's own position are pruned
+  int32_t window;         // keys (q - window, q] are kept; 0: no window
+  int32_t chunk_tiles;    // batch invariant: narrow tiles are cut every chunk_tiles KV tiles; 0: off
+  int32_t max_segments;   // capacities
+  int32_t max_items;
+  int32_t max_slots;
+  int32_t max_merges;
+  PlanHeader* header;
+  int32_t* worker_indptr;  // [workers + 1]
+  WorkItem* items;         // [max_items]
+  WorkItem* merges;        // [max_merges]
+  // scratch of the device planner, and what plan.show() reads
+  int64_t* segment_start;     // [max_segments + 1] cost line of one KV head
+  int32_t* segment_request;   // [max_segments]
+  int32_t* segment_tile;      // [max_segments] row tile in its request, or chunk of a chunked one
+  int32_t* chunk_slot;        // [max_segments] slot in KV head 0, -1: not chunked; null unless chunk_tiles > 0
+  int32_t* chunk_merge;       // [max_segments] merge in KV head 0, likewise
+};
+
+}  // namespace fi

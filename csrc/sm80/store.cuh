@@ -1,0 +1,112 @@
+// Finished rows to the output (tile not split) or to the partial state of the item's slot.
+#pragma once
+#include "softmax.cuh"
+
+namespace fi::sm80 {
+
+// Where one packed row goes; the sink joins here when no merge follows.
+struct RowTarget {
+  float factor;
+  Element* out;    // null: partial state
+  float* partial;  // fp32, normalised
+
+  __device__ RowTarget(const AttentionParams& p, const Args& args, const WorkItem& item, int q_first, int packed,
+                       float sum, float max_log2, bool leader) {
+    RowFinish f = finish_row(sum, max_log2);
+    if (item.slot >= 0) {
+      int64_t state = int64_t(item.slot) * kTileQ + packed - item.row_begin;
+      out = nullptr;
+      partial = p.partial_o + state * kDimVo;
+      if (leader) p.partial_lse[state] = f.lse;
+    } else {
+      int token = packed / p.group, head = item.kv_head * p.group + packed - token * p.group;
+      int64_t row = q_first + token;
+      if constexpr (Variant::kHasSink) {
+        RowFinish s = add_sink(f.lse, Variant::sink(args, head));
+        f = {f.factor * s.factor, s.lse};
+      }
+      out = static_cast<Element*>(p.out) + row * p.o_token + head * p.o_head;
+      partial = nullptr;
+      if (leader && p.lse) p.lse[row * (p.kv_heads * p.group) + head] = f.lse * kLn2;
+    }
+    factor = f.factor;
+  }
+
+  __device__ __forceinline__ void store2(int column, float x, float y) const {
+    if (out) {
+      *reinterpret_cast<uint32_t*>(out + column) = pack2<Element>(x * factor, y * factor);
+    } else {
+      *reinterpret_cast<float2*>(partial + column) = make_float2(x * factor, y * factor);
+    }
+  }
+};
+
+// packed: the warp's first row
+__device__ __forceinline__ void store_wide(const AttentionParams& p, const Args& args, const WorkItem& item,
+                                           int q_first, int packed, int row_end, const RowState& state,
+                                           const float (&o)[kDimVo / 8][4]) {
+  int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    int row = packed + lane / 4 + 8 * i;
+    if (row >= row_end) continue;
+    RowTarget target(p, args, item, q_first, row, state.sum[i], state.max[i], lane % 4 == 0);
+#pragma unroll
+    for (int n = 0; n < kDimVo / 8; ++n) target.store2(8 * n + lane % 4 * 2, o[n][2 * i], o[n][2 * i + 1]);
+  }
+}
+
+// Narrow tiles: [kWarps][16] max, the same of sum, then [kWarps][16][kDimVo] o, unnormalised.
+__device__ __forceinline__ void exchange_warps(float* exchange, const RowState& state,
+                                               const float (&o)[kDimVo / 8][4]) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float* values = exchange + 2 * kWarps * 16;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    int row = warp * 16 + lane / 4 + 8 * i;
+    if (lane % 4 == 0) {
+      exchange[row] = state.max[i];
+      exchange[kWarps * 16 + row] = state.sum[i];
+    }
+#pragma unroll
+    for (int n = 0; n < kDimVo / 8; ++n) {
+      // rows are kDimVo floats apart: rotate the columns so that the warp's eight rows spread over the banks
+      int column = (8 * n + lane % 4 * 2 + lane / 4 * 8) % kDimVo;
+      *reinterpret_cast<float2*>(values + row * kDimVo + column) = make_float2(o[n][2 * i], o[n][2 * i + 1]);
+    }
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ void store_narrow(const AttentionParams& p, const Args& args, const WorkItem& item,
+                                             int q_first, int row_end, const float* exchange) {
+  constexpr int kThreadsPerRow = kThreads / 16;
+  int row = threadIdx.x / kThreadsPerRow, part = threadIdx.x % kThreadsPerRow;
+  if (item.row_begin + row >= row_end) return;
+  const float* values = exchange + 2 * kWarps * 16;
+  float top = -INFINITY;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) top = fmaxf(top, exchange[w * 16 + row]);
+  float weight[kWarps], sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    float max = exchange[w * 16 + row];
+    weight[w] = max == -INFINITY ? 0.f : exp2_approx(max - top);
+    sum += weight[w] * exchange[(kWarps + w) * 16 + row];
+  }
+  RowTarget target(p, args, item, q_first, item.row_begin + row, sum, top, part == 0);
+#pragma unroll 4
+  for (int c = 2 * part; c < kDimVo; c += 2 * kThreadsPerRow) {
+    float x = 0.f, y = 0.f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      int column = (c + row % 8 * 8) % kDimVo;
+      float2 o = *reinterpret_cast<const float2*>(values + (w * 16 + row) * kDimVo + column);
+      x += weight[w] * o.x;
+      y += weight[w] * o.y;
+    }
+    target.store2(c, x, y);
+  }
+}
+
+}  // namespace fi::sm80

@@ -1,0 +1,58 @@
+// Compile-time shape of the sm80 kernel for the spec at hand.
+#pragma once
+#include "../tiles.h"
+#include "fi_spec.h"
+#include "ptx.cuh"
+
+namespace fi::sm80 {
+
+#if defined(FI_ELEMENT_BF16)
+using Element = __nv_bfloat16;
+#elif defined(FI_ELEMENT_F16)
+using Element = __half;
+#else
+#error "sm80 takes bf16 or f16"
+#endif
+
+using Args = spec::Args;
+using Variant = spec::Variant;
+
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kDimQk = spec::kHeadDimQk;
+constexpr int kDimVo = spec::kHeadDimVo;
+static_assert(kDimQk % 16 == 0 && kDimVo % 16 == 0, "head dims are multiples of 16");
+
+constexpr Tiles kTiles = tiles_for(FI_ARCH, kDimQk, kDimVo);
+constexpr int kTileKv = kTiles.kv;
+constexpr int kTileQ = kTiles.q_wide;
+static_assert(kTiles.q_narrow == 16 && kTileQ == 16 * kWarps && kTileKv == 16 * kWarps, "warp layout");
+
+// A tile in shared memory: rows of kDim elements in 16-byte chunks. Rows of whole 128-byte lines are swizzled,
+// others padded by one chunk; either way eight consecutive rows of one chunk column hit different banks.
+template <int kDim> struct TileLayout {
+  static constexpr bool kSwizzled = kDim % 64 == 0;
+  static constexpr int kChunks = kDim / 8;
+  static constexpr int kRowBytes = 2 * kDim + (kSwizzled ? 0 : 16);
+  __device__ __forceinline__ static uint32_t offset(int row, int chunk) {
+    return row * kRowBytes + ((kSwizzled ? chunk ^ (row & 7) : chunk) << 4);
+  }
+};
+using LayoutQk = TileLayout<kDimQk>;
+using LayoutVo = TileLayout<kDimVo>;
+
+constexpr int kQBytes = kTileQ * LayoutQk::kRowBytes;
+constexpr int kSlotBytes =
+    kTileKv * (LayoutQk::kRowBytes > LayoutVo::kRowBytes ? LayoutQk::kRowBytes : LayoutVo::kRowBytes);
+
+constexpr int kBlockSmem = FI_ARCH >= 90 ? 227 * 1024 : FI_ARCH == 80 || FI_ARCH == 87 ? 163 * 1024 : 99 * 1024;
+constexpr int kFixedBytes = kQBytes + 2 * kTileKv * 8;
+constexpr int kRoom = kBlockSmem / kTiles.ctas_per_sm - 1024 - kFixedBytes;  // 1 KiB a CTA is the system's
+constexpr int kSlots = kRoom / kSlotBytes >= 4 ? 4 : kRoom / kSlotBytes >= 3 ? 3 : 2;
+constexpr int kSmemBytes = kFixedBytes + kSlots * kSlotBytes;
+static_assert(kSmemBytes <= kBlockSmem, "shared memory");
+static_assert(kWarps * 16 * (kDimVo + 2) * 4 <= kSmemBytes, "warp states are exchanged in shared memory");
+
+constexpr bool kQInRegisters = kDimQk <= 64;
+
+}  // namespace fi::sm80

@@ -1,0 +1,75 @@
+// Joins the partial states of tiles that were split over KV, in slot order, so that results do not depend on timing.
+// One block a merge entry, one warp a row.
+#pragma once
+#include "../state.h"
+
+namespace fi::smxx {
+
+constexpr int kMergeWarps = 8;
+
+// Pieces beyond 32 are taken in rounds of 32, the running state carried along.
+template <class Element, class Variant, class Args, int kTileQ, int kTileQNarrow, int kDimVo>
+__global__ void __launch_bounds__(32 * kMergeWarps, 2) merge_kernel(const __grid_constant__ AttentionParams p) {
+  constexpr int kVectors = (kDimVo + 127) / 128;  // float4 a lane
+  Args args = *reinterpret_cast<const Args*>(p.variant_args);
+  int lane = threadIdx.x % 32;
+  int merges = p.header->merges;
+  for (int m = blockIdx.x; m < merges; m += gridDim.x) {
+    WorkItem item = p.merges[m];
+    int q_first = p.batch.qo_indptr[item.request];
+    int q_len = p.batch.qo_indptr[item.request + 1] - q_first;
+    int tile_rows = item.flags & kWideTile ? kTileQ : kTileQNarrow;
+    int row_end = min(q_len * p.group, item.row_begin + tile_rows);
+    for (int packed = item.row_begin + threadIdx.x / 32; packed < row_end; packed += kMergeWarps) {
+      float top = -INFINITY, sum = 0.f;
+      float4 o[kVectors] = {};
+      for (int first = item.kv_begin; first < item.kv_end; first += 32) {
+        int count = min(32, item.kv_end - first);
+        int64_t state = int64_t(first) * kTileQ + packed - item.row_begin;
+        float lse = lane < count ? p.partial_lse[state + lane * kTileQ] : -INFINITY;
+        float round_top = lse;
+#pragma unroll
+        for (int d = 16; d > 0; d /= 2) round_top = fmaxf(round_top, __shfl_xor_sync(~0u, round_top, d));
+        float new_top = fmaxf(top, round_top);
+        float base = new_top == -INFINITY ? 0.f : new_top;
+        float keep = exp2f(top - base), weight = exp2f(lse - base);
+        top = new_top;
+        sum *= keep;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) o[v] = {o[v].x * keep, o[v].y * keep, o[v].z * keep, o[v].w * keep};
+        const float* partial = p.partial_o + state * kDimVo + 4 * lane;
+#pragma unroll 8
+        for (int i = 0; i < count; ++i) {
+          float w = __shfl_sync(~0u, weight, i);
+          sum += w;
+#pragma unroll
+          for (int v = 0; v < kVectors; ++v) {
+            if (4 * lane + 128 * v >= kDimVo) continue;
+            float4 x = *reinterpret_cast<const float4*>(partial + int64_t(i) * kTileQ * kDimVo + 128 * v);
+            o[v] = {o[v].x + w * x.x, o[v].y + w * x.y, o[v].z + w * x.z, o[v].w + w * x.w};
+          }
+        }
+      }
+      RowFinish f = finish_row(sum, top);
+      int token = packed / p.group, head = item.kv_head * p.group + packed - token * p.group;
+      int64_t row = q_first + token;
+      if constexpr (Variant::kHasSink) {
+        RowFinish s = add_sink(f.lse, Variant::sink(args, head));
+        f = {f.factor * s.factor, s.lse};
+      }
+      if (p.lse && lane == 0) p.lse[row * (p.kv_heads * p.group) + head] = f.lse * kLn2;
+      Element* out = static_cast<Element*>(p.out) + row * p.o_token + head * p.o_head;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        int column = 4 * lane + 128 * v;
+        if (column >= kDimVo) continue;
+        out[column] = Element(o[v].x * f.factor);
+        out[column + 1] = Element(o[v].y * f.factor);
+        out[column + 2] = Element(o[v].z * f.factor);
+        out[column + 3] = Element(o[v].w * f.factor);
+      }
+    }
+  }
+}
+
+}  // namespace fi::smxx

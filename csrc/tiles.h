@@ -1,0 +1,23 @@
+// Tile shapes: the one home of every number that planner and executors must agree on.
+#pragma once
+#include "params.h"
+
+namespace fi {
+
+struct Tiles {
+  int32_t q_wide;       // rows of a prefill tile, also the rows of a partial state
+  int32_t q_narrow;     // rows of a decode tile; a request with at most this many packed rows is narrow
+  int32_t kv;           // KV tokens of a tile
+  int32_t ctas_per_sm;  // persistent CTAs on one multiprocessor; CPU: workers per thread
+};
+
+constexpr int kArchCpu = 0;
+
+// arch: 0 for the CPU executor, else 80, 86, 89, 90, ...
+FI_HD constexpr Tiles tiles_for(int arch, int head_dim_qk, int head_dim_vo) {
+  int widest = head_dim_qk > head_dim_vo ? head_dim_qk : head_dim_vo;
+  if (arch == kArchCpu) return {64, 16, 64, 4};
+  return {64, 16, 64, widest <= 128 ? 2 : 1};
+}
+
+}  // namespace fi
