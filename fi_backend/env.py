@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Set by the first engine process that registered us; its children inherit it and stay silent.
+ANNOUNCED = "FI_BACKEND_ANNOUNCED"
+
 
 def _flag(name: str) -> bool:
     return os.environ.get(name, "0").lower() not in ("", "0", "false", "no")

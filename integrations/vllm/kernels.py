@@ -1,0 +1,44 @@
+"""Kernels of this worker's layers: compilation starts when a layer is made and runs beside the weight loading."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from fi_backend import jit
+from fi_backend.variants import Variant
+
+_lock = threading.Lock()
+_specs: set[jit.Spec] = set()
+_builds: dict[str, Future[Path]] = {}
+_pool: ThreadPoolExecutor | None = None
+
+
+def start(device: torch.device, dtype: torch.dtype, head_dim: int, variant: Variant) -> None:
+    """Compile what a layer needs unless that began already. Raises ValueError for a spec no executor takes."""
+    global _pool
+    spec = jit.Spec(jit.arch_of(device), jit.DTYPES[dtype], head_dim, head_dim, variant)
+    with _lock:
+        if spec in _specs:
+            return
+        _specs.add(spec)
+        _pool = _pool or ThreadPoolExecutor(4, thread_name_prefix="fi-build")
+        for library in jit.needed([spec]):
+            if library.label not in _builds:
+                _builds[library.label] = _pool.submit(jit.build, library)
+
+
+def load() -> None:
+    """Wait for everything started, then load it: no step and no graph capture opens a library. Raises BuildError."""
+    with _lock:
+        specs, builds = list(_specs), list(_builds.values())
+    for build in builds:
+        build.result()
+    jit.core()
+    for spec in specs:
+        jit.executor(spec)
+        if spec.arch != jit.CPU:
+            jit.smxx(spec.arch)

@@ -1,0 +1,130 @@
+"""Greedy tokens of the real CPU engine: ours against the native CPU_ATTN, random weights, float32.
+
+One process serves every scenario with one backend, because starting vLLM costs more than the scenario. The
+engine is the one this interpreter has, so the same tests run for every vLLM version.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from . import models, run_vllm
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+MIXED = [models.prompt(n, seed) for seed, n in enumerate((5, 150, 1, 33, 200, 64, 17, 80, 49, 16))]
+SHARED = models.prompt(100, 50)
+PREFIX = [SHARED + models.prompt(n, 60 + n) for n in (3, 40)]
+REPEATED = [models.prompt(6, 70) * 12, models.prompt(9, 71) * 5]
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
+# scenario -> (model, engine options, rounds of prompts)
+SCENARIOS: dict[str, tuple[str, dict[str, Any], list[list[list[int]]]]] = {
+    "chunked prefill and mixed batches": ("llama", {}, [MIXED]),
+    "prefix caching": ("llama", {"enable_prefix_caching": True}, [PREFIX[:1], PREFIX]),
+    "ngram speculation": ("llama", {"speculative_config": NGRAM}, [REPEATED + MIXED[:2]]),
+    "sliding window": ("mistral", {}, [MIXED]),
+    "soft cap and alternating windows": ("gemma2", {}, [MIXED]),
+}
+# control -> (scenario, what our layers are told instead)
+CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "window too short by one": ("sliding window", {"sliding_window": models.WINDOW - 1}),
+    "soft cap ignored": ("soft cap and alternating windows", {"logits_soft_cap": 1e6}),
+    "scale off": ("chunked prefill and mixed batches", {"scale": 0.1}),
+}
+SPAWNED = "chunked prefill and mixed batches"
+
+
+@functools.cache
+def folder(name: str, root: Path) -> str:
+    return str(models.write(name, root))
+
+
+def job(name: str, root: Path, scenario: str, layer: dict[str, Any] | None = None) -> dict[str, Any]:
+    model, engine, rounds = SCENARIOS[scenario]
+    return {
+        "name": name,
+        "model": folder(model, root),
+        "engine": engine,
+        "rounds": rounds,
+        "max_tokens": 24,
+        "layer": layer or {},
+    }
+
+
+def serve(jobs: list[dict[str, Any]], **environment: str) -> dict[str, Any]:
+    """Runs the jobs in one fresh process. stderr goes to the terminal, so a slow start is not silent."""
+    base = {k: v for k, v in os.environ.items() if not k.startswith("FI_BACKEND")}
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # counts plans inside the engine process
+    }
+    done = subprocess.run(
+        [sys.executable, run_vllm.__file__],
+        input=json.dumps(jobs),
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**base, **quiet, **environment},
+        timeout=600,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(run_vllm.MARK)]
+    assert done.returncode == 0 and lines, f"engine process ended with {done.returncode}: {done.stdout[-2000:]}"
+    results: dict[str, Any] = json.loads(lines[-1][len(run_vllm.MARK) :])
+    return results
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def native(root: Path) -> dict[str, Any]:
+    return serve([job(s, root, s) for s in SCENARIOS])
+
+
+@pytest.fixture(scope="module")
+def ours(root: Path) -> dict[str, Any]:
+    jobs = [job(s, root, s) for s in SCENARIOS]
+    jobs += [job(name, root, scenario, layer) for name, (scenario, layer) in CONTROLS.items()]
+    return serve(jobs, FI_BACKEND_CPU="1")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_greedy_tokens_equal_native(scenario: str, native: dict[str, Any], ours: dict[str, Any]) -> None:
+    assert native[scenario]["plans"] == 0, "the native run went through our backend"
+    assert ours[scenario]["plans"] > 0, "our run did not go through our backend"
+    assert ours[scenario]["tokens"] == native[scenario]["tokens"]
+
+
+def test_the_prefix_cache_was_used(ours: dict[str, Any]) -> None:
+    # the second round finds the full pages of the shared prefix twice
+    assert ours["prefix caching"]["cached"] >= 2 * (len(SHARED) // 16) * 16
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_negative_control_changes_tokens(control: str, native: dict[str, Any], ours: dict[str, Any]) -> None:
+    scenario, _ = CONTROLS[control]
+    assert ours[control]["plans"] > 0
+    assert ours[control]["tokens"] != native[scenario]["tokens"]
+
+
+def test_engine_in_a_spawned_process(root: Path, native: dict[str, Any]) -> None:
+    spawned = serve([job("spawned", root, SPAWNED)], FI_BACKEND_CPU="1", VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert spawned["spawned"]["plans"] > 0
+    assert spawned["spawned"]["tokens"] == native[SPAWNED]["tokens"]
