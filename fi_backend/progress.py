@@ -1,4 +1,4 @@
-"""Progress of long steps, on stderr. Standard library only: scripts/ loads this file before torch is installed."""
+"""Progress of long steps, on stderr. Standard library only: scripts/ loads it before torch is there."""
 
 from __future__ import annotations
 

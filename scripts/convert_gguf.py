@@ -67,7 +67,7 @@ def packaged_gguf() -> Path:
 
 
 def unpermute(w: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF keeps RoPE pairs in adjacent rows of q and k; Hugging Face keeps the two halves of a head apart."""
+    """GGUF keeps RoPE pairs in adjacent rows of q and k; Hugging Face keeps two halves of a head."""
     half = w.shape[0] // heads // 2
     return w.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(w.shape)
 
@@ -165,7 +165,7 @@ def tokenizer_config(f: Fields) -> dict[str, Any]:
 
 
 def convert(source: Path, out: Path) -> None:
-    """Write the model folder `out` from the GGUF file `source`. Raises ValueError for any other architecture."""
+    """Write the model folder `out` from the GGUF file `source`. ValueError: not a llama model."""
     reader = gguf.GGUFReader(str(source))
     f = Fields(reader)
     if f["general.architecture"] != "llama":

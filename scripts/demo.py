@@ -17,8 +17,8 @@ NOT_YET = {"sglang": "the SGLang plugin is not written yet, use --engine vllm"}
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="./demo",
-        description="Answer a prompt with SmolLM2-135M-Instruct, served by a real engine through fi_backend's "
-        "attention. The first run makes everything it needs under .venv/ and .cache/.",
+        description="Answer a prompt with SmolLM2-135M-Instruct, served by a real engine through "
+        "fi_backend's attention. The first run makes everything it needs under .venv/ and .cache/.",
     )
     parser.add_argument("--prompt", default="Why is the sky blue?", help="what to ask (default: %(default)s)")
     parser.add_argument("--engine", default="vllm", help="serving engine: vllm (default)")

