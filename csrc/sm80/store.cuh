@@ -12,24 +12,23 @@ struct RowTarget {
 
   __device__ RowTarget(const AttentionParams& p, const Args& args, const WorkItem& item, int q_first, int packed,
                        float sum, float max_log2, bool leader) {
-    RowFinish f = finish_row(sum, max_log2);
+    State row_state{max_log2, sum};
     if (item.slot >= 0) {
       int64_t state = int64_t(item.slot) * kTileQ + packed - item.row_begin;
       out = nullptr;
       partial = p.partial_o + state * kDimVo;
-      if (leader) p.partial_lse[state] = f.lse;
+      if (leader) p.partial_lse[state] = row_state.lse();
+      factor = row_state.inverse();
     } else {
       int token = packed / p.group, head = item.kv_head * p.group + packed - token * p.group;
       int64_t row = q_first + token;
-      if constexpr (Variant::kHasSink) {
-        RowFinish s = add_sink(f.lse, Variant::sink(args, head));
-        f = {f.factor * s.factor, s.lse};
-      }
+      float keep = 1.f;
+      if constexpr (Variant::kHasSink) keep = row_state.join(Variant::sink(args, head) * kLog2e).keep;
+      factor = keep * row_state.inverse();
       out = static_cast<Element*>(p.out) + row * p.o_token + head * p.o_head;
       partial = nullptr;
-      if (leader && p.lse) p.lse[row * (p.kv_heads * p.group) + head] = f.lse * kLn2;
+      if (leader && p.lse) p.lse[row * (p.kv_heads * p.group) + head] = row_state.lse() * kLn2;
     }
-    factor = f.factor;
   }
 
   __device__ __forceinline__ void store2(int column, float x, float y) const {

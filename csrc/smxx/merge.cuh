@@ -50,23 +50,22 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2) merge_kernel(const __grid
           }
         }
       }
-      RowFinish f = finish_row(sum, top);
+      State joined{top, sum};
       int token = packed / p.group, head = item.kv_head * p.group + packed - token * p.group;
       int64_t row = q_first + token;
-      if constexpr (Variant::kHasSink) {
-        RowFinish s = add_sink(f.lse, Variant::sink(args, head));
-        f = {f.factor * s.factor, s.lse};
-      }
-      if (p.lse && lane == 0) p.lse[row * (p.kv_heads * p.group) + head] = f.lse * kLn2;
+      float factor = 1.f;
+      if constexpr (Variant::kHasSink) factor = joined.join(Variant::sink(args, head) * kLog2e).keep;
+      factor *= joined.inverse();
+      if (p.lse && lane == 0) p.lse[row * (p.kv_heads * p.group) + head] = joined.lse() * kLn2;
       Element* out = static_cast<Element*>(p.out) + row * p.o_token + head * p.o_head;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         int column = 4 * lane + 128 * v;
         if (column >= kDimVo) continue;
-        out[column] = Element(o[v].x * f.factor);
-        out[column + 1] = Element(o[v].y * f.factor);
-        out[column + 2] = Element(o[v].z * f.factor);
-        out[column + 3] = Element(o[v].w * f.factor);
+        out[column] = Element(o[v].x * factor);
+        out[column + 1] = Element(o[v].y * factor);
+        out[column + 2] = Element(o[v].z * factor);
+        out[column + 3] = Element(o[v].w * factor);
       }
     }
   }
