@@ -1,0 +1,77 @@
+#include "plan.h"
+
+#include "schedule.h"
+
+namespace fi {
+namespace {
+
+// Lays the segments of one KV head end to end. False: they do not fit.
+bool build_line(const PlanParams& p, Line* line) {
+  int64_t cost = 0, segments = 0;
+  bool fits = true;
+  for (int32_t r = 0; r < p.num_requests && fits; ++r) {
+    int64_t count = segment_count(p, r);
+    fits = segments + count <= p.max_segments;
+    for (int32_t i = 0; fits && i < count; ++i, ++segments) {
+      Segment segment = segment_at(p, r, i);
+      p.segment_start[segments] = cost;
+      p.segment_request[segments] = r;
+      p.segment_tile[segments] = i;
+      cost += segment_cost(segment);
+      if (p.chunk_tiles > 0) {
+        Count count = chunk_count(segment);
+        p.chunk_slot[segments] = count.inside ? line->chunked_segments : -1;
+        p.chunk_merge[segments] = count.openers ? line->chunked_tiles : -1;
+        line->chunked_segments += count.inside;
+        line->chunked_tiles += count.openers;
+      }
+    }
+  }
+  if (!fits) {
+    cost = segments = 0;
+    line->chunked_segments = line->chunked_tiles = 0;
+  }
+  line->start = p.segment_start;
+  line->request = p.segment_request;
+  line->tile = p.segment_tile;
+  line->segments = int32_t(segments);
+  p.segment_start[segments] = cost;
+  measure(line, p);
+  return fits;
+}
+
+}  // namespace
+
+void plan_host(const PlanParams& p) {
+  Line line{};
+  bool fits = build_line(p, &line);
+  Cut left = cut_before(p, line, 0);
+  Count left_count{};
+  int32_t first_slot = 0;
+  p.worker_indptr[0] = 0;
+  for (int32_t w = 1; w <= p.workers; ++w) {
+    Cut right = cut_before(p, line, w);
+    Count step = count_cut(left, right);
+    Count right_count{left_count.inside + step.inside, left_count.openers + step.openers};
+    if (is_inside(left) && !same_split(left, right)) {
+      p.merges[left_count.openers - 1] = merge_at(p, line, left, left_count, first_slot);
+    }
+    if (step.openers) first_slot = slot_before_opener(right_count);
+    int32_t begin = first_item(left, left_count), end = first_item(right, right_count);
+    for (int32_t i = begin; i < end; ++i) {
+      p.items[i] = p.chunk_tiles > 0 ? whole_item(p, line, i)
+                                     : item_between(p, line, left, left_count, right, right_count, i - begin);
+    }
+    p.worker_indptr[w] = end;
+    left = right;
+    left_count = right_count;
+  }
+  *p.header = make_header(p, line, left_count, !fits);
+  for (int32_t unit = 0; p.chunk_tiles > 0 && unit < p.header->items; ++unit) {
+    WorkItem merge;
+    int32_t index;
+    if (chunk_merge(p, line, unit, &merge, &index)) p.merges[index] = merge;
+  }
+}
+
+}  // namespace fi

@@ -1,0 +1,123 @@
+// What Python's Planner calls. A configuration travels as one Shape: the fields of PlanConfig in order.
+#include <tvm/ffi/container/shape.h>
+#include <tvm/ffi/function.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "cost.h"
+#include "door.h"
+#include "plan.h"
+#include "tiles.h"
+
+namespace fi::core {
+namespace {
+
+using tvm::ffi::Shape;
+
+constexpr DLDataType kInt32{kDLInt, 32, 1};
+
+template <class Struct> Shape numbers_of(const Struct& fields) {
+  static_assert(sizeof(Struct) % sizeof(int64_t) == 0);
+  int64_t numbers[sizeof(Struct) / sizeof(int64_t)];
+  std::memcpy(numbers, &fields, sizeof fields);
+  return Shape(numbers, numbers + sizeof(Struct) / sizeof(int64_t));
+}
+
+PlanConfig config_of(const Shape& numbers) {
+  PlanConfig config;
+  FI_REQUIRE(numbers.size() * sizeof(int64_t) == sizeof config, ValueError)
+      << "expected a planner configuration of " << sizeof config / sizeof(int64_t) << " numbers, got "
+      << numbers.size();
+  std::memcpy(&config, numbers.data(), sizeof config);
+  return config;
+}
+
+template <class F> auto as_value_error(F&& f) {
+  try {
+    return f();
+  } catch (const std::invalid_argument& error) {
+    TVM_FFI_THROW(ValueError) << error.what();
+  }
+  TVM_FFI_UNREACHABLE();
+}
+
+bool on_host(const TensorView& x) {  // pinned memory may call itself a device of its own
+  return x.device().device_type == kDLCPU || x.device().device_type == kDLCUDAHost;
+}
+
+void require_beside(const char* name, const TensorView& x, const TensorView& buffer) {
+  if (!on_host(x) || !on_host(buffer)) require_device(name, x, buffer.device());
+}
+
+PlanParams params_of(const PlanConfig& config, const PlanLayout& layout, const TensorView& buffer,
+                     const TensorView& qo_indptr, const TensorView& kv_len) {
+  FI_REQUIRE(buffer.IsContiguous() && buffer.numel() * element_bytes(buffer) >= layout.bytes, ValueError)
+      << "expected a contiguous plan buffer of " << layout.bytes << " bytes, got "
+      << buffer.numel() * element_bytes(buffer);
+  FI_REQUIRE(reinterpret_cast<uintptr_t>(data_of(buffer)) % 64 == 0, ValueError)
+      << "expected the plan buffer aligned to 64 bytes, got an address that is "
+      << reinterpret_cast<uintptr_t>(data_of(buffer)) % 64 << " bytes past";
+  require_beside("qo_indptr", qo_indptr, buffer);
+  require_beside("kv_len", kv_len, buffer);
+  require_dtype("qo_indptr", qo_indptr, kInt32);
+  require_dtype("kv_len", kv_len, kInt32);
+  require_rank("qo_indptr", qo_indptr, 1, "[requests + 1]");
+  require_rank("kv_len", kv_len, 1, "[requests]");
+  int64_t requests = kv_len.size(0);
+  FI_REQUIRE(qo_indptr.size(0) == requests + 1, ValueError)
+      << "expected qo_indptr of " << requests + 1 << " entries (kv_len has " << requests << "), got "
+      << qo_indptr.size(0);
+  FI_REQUIRE(requests <= config.max_requests, ValueError)
+      << "expected at most " << config.max_requests << " requests (max_requests), got " << requests;
+  FI_REQUIRE(qo_indptr.IsContiguous() && kv_len.IsContiguous(), ValueError)
+      << "expected qo_indptr and kv_len contiguous";
+  return plan_params(config, layout, data_of(buffer), reinterpret_cast<const int32_t*>(data_of(qo_indptr)),
+                     reinterpret_cast<const int32_t*>(data_of(kv_len)), int32_t(requests));
+}
+
+Shape layout_of(const Shape& numbers) {
+  PlanConfig config = config_of(numbers);
+  return numbers_of(as_value_error([&] { return plan_layout(config); }));
+}
+
+// Returns the bytes of the buffer up to its last item: all that a device needs.
+int64_t plan_on_host(const Shape& numbers, TensorView buffer, TensorView qo_indptr, TensorView kv_len) {
+  FI_REQUIRE(on_host(buffer), ValueError)
+      << "expected the host planner's buffer on the CPU, got " << device_text(buffer.device());
+  PlanConfig config = config_of(numbers);
+  PlanLayout layout = as_value_error([&] { return plan_layout(config); });
+  PlanParams p = params_of(config, layout, buffer, qo_indptr, kv_len);
+  as_value_error([&] { return check_lengths(config, p.qo_indptr, p.kv_len, p.num_requests); });
+  plan_host(p);
+  return layout.items + int64_t(p.header->items) * int64_t(sizeof(WorkItem));
+}
+
+// function, error_text: addresses of fi_plan and fi_error in the smxx library. Lengths are not checked: they are
+// the device's; a plan that does not fit is empty and says so in its header.
+void plan_on_device(const Shape& numbers, TensorView buffer, TensorView qo_indptr, TensorView kv_len,
+                    int64_t function, int64_t error_text) {
+  PlanConfig config = config_of(numbers);
+  PlanLayout layout = as_value_error([&] { return plan_layout(config); });
+  PlanParams p = params_of(config, layout, buffer, qo_indptr, kv_len);
+  call_library(function, error_text, p, buffer.device(), "planner");
+}
+
+Shape tiles_of(int64_t arch, int64_t head_dim_qk, int64_t head_dim_vo) {
+  Tiles t = tiles_for(int(arch), int(head_dim_qk), int(head_dim_vo));
+  return {t.q_wide, t.q_narrow, t.kv, t.ctas_per_sm};
+}
+
+Shape cost_model() {
+  return {kItemCost, kNarrowTileCost, kWideTileCost, kMinTiles, kMinSlice, kUncutCost, kChunkTiles};
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_tiles, tiles_of);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_cost_model, cost_model);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_layout, layout_of);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_host, plan_on_host);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_device, plan_on_device);
+
+}  // namespace fi::core

@@ -1,0 +1,217 @@
+// The planner's arithmetic, shared by the host and the device planner so that they cannot drift.
+//
+// The row tiles of one KV head ("segments") are laid end to end, each as long as its cost; kv_heads copies of that
+// line follow each other. Worker w owns [w * slice, (w + 1) * slice). A cut inside a segment falls between two KV
+// tiles and splits it. Every number of an item or merge is a closed form of the cuts, so all can be written at once.
+#pragma once
+#include "cost.h"
+#include "params.h"
+
+namespace fi {
+
+constexpr int32_t kMaxKvLen = 1 << 30;  // tokens; keeps tile arithmetic within int32
+constexpr int32_t kMaxWorkers = 512;     // one thread of the device planner each
+
+FI_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FI_HD int64_t at_least(int64_t x, int64_t floor) { return x < floor ? floor : x; }
+FI_HD int64_t at_most(int64_t x, int64_t limit) { return x > limit ? limit : x; }
+
+// Index of the last of n ascending values that is <= x. values[0] <= x must hold.
+template <class T> FI_HD int32_t last_not_above(const T* values, int32_t n, T x) {
+  int32_t low = 0, high = n;
+  while (high - low > 1) {
+    int32_t middle = low + (high - low) / 2;
+    if (values[middle] <= x) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+// A row tile of one KV head, or one chunk of it when chunk_tiles is set.
+struct Segment {
+  int32_t request;
+  int32_t row_begin;
+  int32_t tile_begin;  // KV tiles [tile_begin, tile_begin + tiles)
+  int32_t tiles;
+  int32_t wide;    // 0 or 1
+  int32_t chunk;   // place in its row tile
+  int32_t chunks;  // of its row tile; 1: not chunked
+};
+
+struct Rows {  // the packed rows of a request
+  int32_t tokens, kv_len;
+  int64_t rows;
+  int32_t wide;
+};
+
+// Lengths read on the device cannot be refused: negative ones count as 0.
+FI_HD Rows rows_of(const PlanParams& p, int32_t request) {
+  int64_t tokens = at_least(int64_t(p.qo_indptr[request + 1]) - p.qo_indptr[request], 0);
+  int32_t kv_len = int32_t(at_most(at_least(p.kv_len[request], 0), kMaxKvLen));
+  int64_t rows = tokens * p.group;
+  return {int32_t(at_most(tokens, INT32_MAX)), kv_len, rows, rows > p.tile_q_narrow};
+}
+
+// KV tiles that any row of [row_begin, row_end) may see, widened to whole tiles.
+FI_HD Segment row_tile(const PlanParams& p, int32_t request, const Rows& r, int32_t index) {
+  int64_t width = r.wide ? p.tile_q_wide : p.tile_q_narrow;
+  int64_t row_begin = index * width, row_end = at_most(row_begin + width, r.rows);
+  int64_t position = int64_t(r.kv_len) - r.tokens;  // of the request's first query token
+  int64_t low = p.window > 0 ? at_least(position + row_begin / p.group - p.window + 1, 0) : 0;
+  int64_t high = p.causal ? at_most(position + (row_end - 1) / p.group + 1, r.kv_len) : r.kv_len;
+  if (low >= high) return {request, int32_t(row_begin), 0, 0, r.wide, 0, 1};
+  int32_t tile_begin = int32_t(low) / p.tile_kv;
+  int32_t tile_end = int32_t(ceil_div(high, p.tile_kv));
+  return {request, int32_t(row_begin), tile_begin, tile_end - tile_begin, r.wide, 0, 1};
+}
+
+// Chunks lie on multiples of chunk_tiles of the request's own keys, whatever the rest of the batch.
+FI_HD Segment chunk_of(const PlanParams& p, Segment tile, int32_t chunk) {
+  if (p.chunk_tiles <= 0 || tile.wide || tile.tiles == 0) return tile;
+  int32_t first = tile.tile_begin / p.chunk_tiles;
+  int32_t tile_end = tile.tile_begin + tile.tiles;
+  tile.chunk = chunk;
+  tile.chunks = int32_t(ceil_div(tile_end, p.chunk_tiles)) - first;
+  tile.tile_begin = int32_t(at_least((first + chunk) * int64_t(p.chunk_tiles), tile.tile_begin));
+  tile.tiles = int32_t(at_most((first + chunk + 1) * int64_t(p.chunk_tiles), tile_end)) - tile.tile_begin;
+  return tile;
+}
+
+FI_HD int64_t segment_count(const PlanParams& p, int32_t request) {
+  Rows r = rows_of(p, request);
+  if (r.rows == 0) return 0;
+  if (r.wide) return ceil_div(r.rows, p.tile_q_wide);
+  return chunk_of(p, row_tile(p, request, r, 0), 0).chunks;
+}
+
+// index: of the row tile in its request, or of the chunk in a narrow one
+FI_HD Segment segment_at(const PlanParams& p, int32_t request, int32_t index) {
+  Rows r = rows_of(p, request);
+  return r.wide ? row_tile(p, request, r, index) : chunk_of(p, row_tile(p, request, r, 0), index);
+}
+
+FI_HD int64_t segment_cost(const Segment& s) { return kItemCost + int64_t(s.tiles) * tile_cost(s.wide); }
+
+// The cost line, and where its tables can be read.
+struct Line {
+  const int64_t* start;      // [segments + 1] of one KV head
+  const int32_t* request;    // [segments]
+  const int32_t* tile;       // [segments]
+  int32_t segments;          // of one KV head
+  int32_t chunked_segments;  // of them, those of row tiles with several chunks: each has a slot
+  int32_t chunked_tiles;     // row tiles with several chunks: each has a merge
+  int64_t slice, total;
+};
+
+FI_HD void measure(Line* line, const PlanParams& p) {
+  line->total = line->start[line->segments] * p.kv_heads;
+  line->slice = at_least(ceil_div(line->total, p.workers), kMinSlice);
+}
+
+// Unit = kv_head * segments + segment. The cut before KV tile `tile` of that unit; 0: before the whole unit.
+struct Cut {
+  int32_t unit, tile;
+};
+
+// Where worker w begins. Cuts never decrease with w, and two cuts inside one unit differ.
+FI_HD Cut cut_before(const PlanParams& p, const Line& line, int32_t w) {
+  int64_t x = w * line.slice;
+  if (w >= p.workers || x >= line.total) return {p.kv_heads * line.segments, 0};
+  int64_t length = line.start[line.segments];
+  int32_t head = int32_t(x / length);
+  int64_t y = x - head * length;
+  int32_t s = last_not_above(line.start, line.segments, y);
+  int32_t unit = head * line.segments + s;
+  int64_t into = y - line.start[s];
+  if (p.chunk_tiles > 0) {  // segments stay whole: the nearer end
+    return {unit + (into > line.start[s + 1] - y ? 1 : 0), 0};
+  }
+  Segment segment = segment_at(p, line.request[s], line.tile[s]);
+  int64_t tile = at_most(ceil_div(at_least(into - kItemCost, 0), tile_cost(segment.wide)), segment.tiles);
+  if (tile < kMinTiles) return {unit, 0};
+  if (segment.tiles - tile < kMinTiles) return {unit + 1, 0};
+  return {unit, int32_t(tile)};
+}
+
+// Of the cuts 1..w: those inside a unit, and those that are the first inside theirs.
+struct Count {
+  int32_t inside, openers;
+};
+
+FI_HD bool is_inside(const Cut& c) { return c.tile > 0; }
+FI_HD bool same_split(const Cut& a, const Cut& b) { return is_inside(a) && is_inside(b) && a.unit == b.unit; }
+FI_HD Count count_cut(const Cut& before, const Cut& c) {
+  return {is_inside(c), is_inside(c) && !same_split(before, c)};
+}
+
+FI_HD int32_t first_item(const Cut& c, const Count& n) { return c.unit + n.inside; }
+FI_HD int32_t slot_after(const Count& n) { return n.inside + n.openers - 1; }
+FI_HD int32_t slot_before_opener(const Count& n) { return n.inside + n.openers - 2; }
+
+FI_HD WorkItem make_item(const PlanParams& p, const Segment& s, int32_t head, int32_t begin, int32_t end,
+                         int32_t slot) {
+  int32_t flags = (s.wide ? kWideTile : 0) | (begin == 0 && s.chunk == 0 ? kFirstPiece : 0);
+  int32_t origin = s.tile_begin;
+  return {s.request, s.row_begin, head, (origin + begin) * p.tile_kv, (origin + end) * p.tile_kv, slot, flags, 0};
+}
+
+FI_HD WorkItem make_merge(const Segment& s, int32_t head, int32_t first_slot, int32_t end_slot) {
+  return {s.request, s.row_begin, head, first_slot, end_slot, -1, s.wide ? kWideTile : 0, 0};
+}
+
+// Item number `index` of the worker between two neighbouring cuts.
+FI_HD WorkItem item_between(const PlanParams& p, const Line& line, const Cut& left, const Count& left_count,
+                            const Cut& right, const Count& right_count, int32_t index) {
+  int32_t unit = left.unit + index;
+  int32_t head = unit / line.segments, s = unit % line.segments;
+  Segment segment = segment_at(p, line.request[s], line.tile[s]);
+  int32_t begin = 0, end = segment.tiles, slot = -1;
+  if (unit == right.unit) {  // right.tile > 0, or this item would be the next worker's
+    end = right.tile;
+    slot = slot_before_opener(right_count);
+  }
+  if (index == 0 && is_inside(left)) {
+    begin = left.tile;
+    slot = slot_after(left_count);
+  }
+  return make_item(p, segment, head, begin, end, slot);
+}
+
+// The merge of the unit whose last inside cut is `closer`.
+FI_HD WorkItem merge_at(const PlanParams& p, const Line& line, const Cut& closer, const Count& count,
+                        int32_t first_slot) {
+  int32_t head = closer.unit / line.segments, s = closer.unit % line.segments;
+  return make_merge(segment_at(p, line.request[s], line.tile[s]), head, first_slot, slot_after(count) + 1);
+}
+
+// Batch invariant: every unit is an item; chunked row tiles own slots whatever the cuts.
+FI_HD WorkItem whole_item(const PlanParams& p, const Line& line, int32_t unit) {
+  int32_t head = unit / line.segments, s = unit % line.segments;
+  Segment segment = segment_at(p, line.request[s], line.tile[s]);
+  int32_t slot = segment.chunks > 1 ? head * line.chunked_segments + p.chunk_slot[s] : -1;
+  return make_item(p, segment, head, 0, segment.tiles, slot);
+}
+
+// Whether this unit is the chunk that writes its row tile's merge; if so *merge and *index are set.
+FI_HD bool chunk_merge(const PlanParams& p, const Line& line, int32_t unit, WorkItem* merge, int32_t* index) {
+  int32_t head = unit / line.segments, s = unit % line.segments;
+  Segment segment = segment_at(p, line.request[s], line.tile[s]);
+  if (segment.chunks == 1 || segment.chunk > 0) return false;
+  int32_t first_slot = head * line.chunked_segments + p.chunk_slot[s];
+  *merge = make_merge(segment, head, first_slot, first_slot + segment.chunks);
+  *index = head * line.chunked_tiles + p.chunk_merge[s];
+  return true;
+}
+
+// Row tiles with several chunks: {its slots, its merges} that begin at this segment.
+FI_HD Count chunk_count(const Segment& s) { return {s.chunks > 1, s.chunks > 1 && s.chunk == 0}; }
+
+FI_HD PlanHeader make_header(const PlanParams& p, const Line& line, const Count& cuts, bool overflow) {
+  bool chunked = p.chunk_tiles > 0;
+  int32_t units = p.kv_heads * line.segments;
+  int32_t merges = chunked ? p.kv_heads * line.chunked_tiles : cuts.openers;
+  int32_t slots = chunked ? p.kv_heads * line.chunked_segments : cuts.inside + cuts.openers;
+  return {units + cuts.inside, merges, slots, line.segments, line.slice, line.total, overflow, {}};
+}
+
+}  // namespace fi

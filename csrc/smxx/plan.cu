@@ -1,0 +1,25 @@
+// The planner on the GPU: one CTA, no host synchronisation, the bytes of csrc/core/plan.cpp.
+//
+// Lengths -> segments of one KV head and their cost line -> cuts between workers -> items and merges. Each phase ends
+// at a barrier; within a phase threads are independent but for block-wide scans.
+#include "plan.cuh"
+
+#include <cuda_runtime.h>
+
+namespace fi::smxx {
+
+constexpr int kPlanThreads = 1024;
+
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ PlanParams p) {
+  __shared__ PlanShared<kPlanThreads> shared;
+  plan_block<kPlanThreads>(p, shared);
+}
+
+}  // namespace fi::smxx
+
+extern "C" int fi_plan(const fi::PlanParams* params, void* stream) {
+  fi::smxx::plan_kernel<<<1, fi::smxx::kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(*params);
+  return cudaGetLastError();
+}
+
+extern "C" const char* fi_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -1,0 +1,172 @@
+// Body of the device planner, apart from its launch so that a test can run it with host threads.
+#pragma once
+#include "../schedule.h"
+
+namespace fi::smxx {
+
+constexpr int kSharedSegments = 1536;  // longer cost lines are searched in global memory
+
+// Exclusive prefix sum over the block; every thread gets the sum of all in *sum. Ends at a barrier, so sums may be
+// used again at once.
+template <int kThreads> __device__ __forceinline__ int64_t scan(int64_t x, int64_t* sums, int64_t* sum) {
+  constexpr int kWarps = kThreads / 32;
+  static_assert(kWarps >= 1 && kWarps <= 32, "the sums of all warps are added by one warp");
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  long long inclusive = x;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    long long below = __shfl_up_sync(0xffffffffu, inclusive, d);
+    if (lane >= d) inclusive += below;
+  }
+  if (lane == 31) sums[warp] = inclusive;
+  __syncthreads();
+  long long warps = lane < kWarps ? sums[lane] : 0;  // every warp adds them for itself: one barrier less
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    long long below = __shfl_up_sync(0xffffffffu, warps, d);
+    if (lane >= d) warps += below;
+  }
+  *sum = __shfl_sync(0xffffffffu, warps, 31);
+  long long before = __shfl_sync(0xffffffffu, warps, warp == 0 ? 0 : warp - 1);
+  __syncthreads();
+  return (warp == 0 ? 0 : before) + inclusive - x;
+}
+
+// Two counts below 2^31 in one scan.
+__device__ __forceinline__ int64_t pack(const Count& n) { return int64_t(n.inside) << 32 | n.openers; }
+__device__ __forceinline__ Count unpack(int64_t x) { return {int32_t(x >> 32), int32_t(x & 0x7fffffff)}; }
+
+__device__ __forceinline__ void store(WorkItem* to, const WorkItem& item) {
+  int4* words = reinterpret_cast<int4*>(to);
+  words[0] = make_int4(item.request, item.row_begin, item.kv_head, item.kv_begin);
+  words[1] = make_int4(item.kv_end, item.slot, item.flags, item.level);
+}
+
+template <int kThreads> struct PlanShared {
+  int64_t sums[32];
+  int64_t start[kSharedSegments + 1];
+  int32_t request[kSharedSegments];
+  int32_t tile[kSharedSegments];
+  int32_t first[kThreads];  // first segment of each request of this round
+  Cut cut[kMaxWorkers + 1];
+  Count count[kMaxWorkers + 1];
+  int32_t indptr[kMaxWorkers + 1];
+  int32_t first_slot[kMaxWorkers];  // of each merge
+};
+
+// Segments of one KV head, kThreads requests a round and kThreads segments at a time.
+template <int kThreads>
+__device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThreads>& shared, bool* overflow) {
+  int tid = threadIdx.x;
+  int64_t segments = 0, cost = 0, chunked = 0;
+  for (int32_t r0 = 0; r0 < p.num_requests; r0 += kThreads) {
+    int64_t round;
+    int64_t first =
+        scan<kThreads>(tid < p.num_requests - r0 ? segment_count(p, r0 + tid) : 0, shared.sums, &round);
+    shared.first[tid] = int32_t(at_most(first, INT32_MAX));
+    __syncthreads();
+    int64_t room = at_most(round, p.max_segments - segments);  // lengths are not to be trusted
+    for (int64_t i0 = 0; i0 < room; i0 += kThreads) {
+      int64_t i = i0 + tid, s = segments + i, sum;
+      int32_t request = 0, index = 0;
+      Segment segment{};
+      int64_t own = 0, own_chunked = 0;
+      if (i < room) {
+        int32_t nth = last_not_above(shared.first, kThreads, int32_t(i));
+        request = r0 + nth;
+        index = int32_t(i) - shared.first[nth];
+        segment = segment_at(p, request, index);
+        own = segment_cost(segment);
+        own_chunked = pack(chunk_count(segment));
+      }
+      int64_t start = cost + scan<kThreads>(own, shared.sums, &sum);
+      cost += sum;
+      if (i < room) {
+        p.segment_start[s] = start;
+        p.segment_request[s] = request;
+        p.segment_tile[s] = index;
+        if (s < kSharedSegments) {
+          shared.start[s] = start;
+          shared.request[s] = request;
+          shared.tile[s] = index;
+        }
+      }
+      if (p.chunk_tiles > 0) {
+        Count before = unpack(chunked + scan<kThreads>(own_chunked, shared.sums, &sum));
+        chunked += sum;
+        if (i < room) {
+          Count own_count = unpack(own_chunked);
+          p.chunk_slot[s] = own_count.inside ? before.inside : -1;
+          p.chunk_merge[s] = own_count.openers ? before.openers : -1;
+        }
+      }
+    }
+    segments += round;
+    if (segments > p.max_segments) break;
+  }
+  *overflow = segments > p.max_segments;
+  if (*overflow) segments = cost = chunked = 0;
+  bool fits = segments <= kSharedSegments;
+  if (tid == 0) {
+    p.segment_start[segments] = cost;
+    if (fits) shared.start[segments] = cost;
+  }
+  __syncthreads();
+  Line line;
+  line.start = fits ? shared.start : p.segment_start;
+  line.request = fits ? shared.request : p.segment_request;
+  line.tile = fits ? shared.tile : p.segment_tile;
+  line.segments = int32_t(segments);
+  line.chunked_segments = unpack(chunked).inside;
+  line.chunked_tiles = unpack(chunked).openers;
+  measure(&line, p);
+  return line;
+}
+
+template <int kThreads>
+__device__ __forceinline__ void plan_block(const PlanParams& p, PlanShared<kThreads>& shared) {
+  static_assert(kThreads > kMaxWorkers, "a thread for every cut");
+  int w = threadIdx.x;
+  bool overflow;
+  Line line = build_line<kThreads>(p, shared, &overflow);
+
+  if (w <= p.workers) shared.cut[w] = cut_before(p, line, w);
+  __syncthreads();
+  Cut cut{};
+  Count step{};
+  if (w >= 1 && w <= p.workers) {
+    cut = shared.cut[w];
+    step = count_cut(shared.cut[w - 1], cut);
+  }
+  int64_t sum;
+  int64_t before = scan<kThreads>(pack(step), shared.sums, &sum);
+  Count count = unpack(before + pack(step));
+  if (w <= p.workers) {
+    shared.count[w] = count;
+    shared.indptr[w] = first_item(cut, count);
+    p.worker_indptr[w] = shared.indptr[w];
+    if (step.openers) shared.first_slot[count.openers - 1] = slot_before_opener(count);
+  }
+  PlanHeader header = make_header(p, line, unpack(sum), overflow);
+  if (w == 0) *p.header = header;
+  __syncthreads();
+
+  if (w < p.workers && is_inside(cut) && !same_split(cut, shared.cut[w + 1])) {
+    int32_t merge = count.openers - 1;
+    store(p.merges + merge, merge_at(p, line, cut, count, shared.first_slot[merge]));
+  }
+  for (int32_t i = w; i < header.items; i += kThreads) {
+    if (p.chunk_tiles > 0) {
+      store(p.items + i, whole_item(p, line, i));
+      WorkItem merge;
+      int32_t index;
+      if (chunk_merge(p, line, i, &merge, &index)) store(p.merges + index, merge);
+    } else {
+      int32_t worker = last_not_above(shared.indptr, p.workers, i);
+      store(p.items + i, item_between(p, line, shared.cut[worker], shared.count[worker], shared.cut[worker + 1],
+                                      shared.count[worker + 1], i - shared.indptr[worker]));
+    }
+  }
+}
+
+}  // namespace fi::smxx

@@ -1,0 +1,327 @@
+"""Planner: lengths of a batch -> balanced work items in buffers whose shape depends on capacity alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from . import env, jit
+from .formats import BlockSparse
+
+_ITEM_INTS = 8  # WorkItem in csrc/params.h
+_HEADER_INTS = 16  # PlanHeader
+_ALIGNMENT = 256  # bytes, of the parts of a workspace
+_RING = 4  # plans whose copies to the device may be in flight
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Shape of the work: rows of a wide and of a narrow row tile, KV tokens of a tile, persistent workers."""
+
+    q_wide: int
+    q_narrow: int
+    kv: int
+    workers: int
+
+    @classmethod
+    def for_device(cls, device: torch.device | str, head_dim_qk: int, head_dim_vo: int) -> Tiles:
+        """What the executor of this device is compiled for: a multiple of its multiprocessors or threads."""
+        device = torch.device(device)
+        q_wide, q_narrow, kv, per_unit = jit.core().plan_tiles(jit.arch_of(device), head_dim_qk, head_dim_vo)
+        if device.type == "cpu":
+            units = torch.get_num_threads()
+        else:
+            units = torch.cuda.get_device_properties(device).multi_processor_count
+        return cls(q_wide, q_narrow, kv, units * per_unit)
+
+
+class CostModel(NamedTuple):
+    """The numbers of csrc/cost.h. An item costs item + KV tiles * (narrow or wide)."""
+
+    item: int
+    narrow: int
+    wide: int
+    min_tiles: int
+    min_slice: int
+    uncut: int
+    chunk_tiles: int
+
+
+def cost_model() -> CostModel:
+    return CostModel(*jit.core().plan_cost_model())
+
+
+class _Layout(NamedTuple):
+    """Capacities and byte offsets of the plan buffer: PlanLayout in csrc/core/plan.h."""
+
+    max_segments: int
+    max_items: int
+    max_slots: int
+    max_merges: int
+    worker_indptr: int
+    merges: int
+    segment_start: int
+    segment_request: int
+    segment_tile: int
+    chunk_slot: int
+    chunk_merge: int
+    items: int
+    bytes: int
+
+
+class _StagingRing:
+    """Pinned copies of a plan buffer. One is written again only after its copy to the device has finished."""
+
+    def __init__(self, size: int) -> None:
+        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(_RING)]
+        self._copied = [torch.cuda.Event() for _ in range(_RING)]
+        self._turn = 0
+
+    def acquire(self) -> torch.Tensor:
+        self._turn = (self._turn + 1) % _RING
+        self._copied[self._turn].synchronize()
+        return self._buffers[self._turn]
+
+    def send(self, to: torch.Tensor, used: int) -> None:
+        """Copies the acquired buffer's first bytes on the current stream."""
+        to[:used].copy_(self._buffers[self._turn][:used], non_blocking=True)
+        self._copied[self._turn].record()
+
+
+class Planner:
+    """Owns the buffers of one plan at a time; every address and shape is fixed here.
+
+    max_requests and max_tokens (query tokens of a batch) are capacities. max_kv_len is needed when
+    batch_invariant, otherwise it only bounds what the host planner accepts. window: keys (q - window, q] are
+    planned for, None for all. workspace: any contiguous tensor of at least workspace_bytes on the device, for the
+    partial states of split tiles; planners whose attention never overlaps may share one.
+    Raises ValueError for numbers that make no sense or do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        head_dim_vo: int | None = None,
+        max_requests: int,
+        max_tokens: int,
+        max_kv_len: int | None = None,
+        causal: bool = True,
+        window: int | None = None,
+        batch_invariant: bool = False,
+        device: torch.device | str,
+        tiles: Tiles | None = None,
+        workspace: torch.Tensor | None = None,
+    ) -> None:
+        import tvm_ffi
+
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads:
+            raise ValueError(f"expected q_heads a multiple of kv_heads, got {q_heads} and {kv_heads}")
+        if window is not None and window < 1:
+            raise ValueError(f"expected window of at least 1 token, or None, got {window}")
+        if max_kv_len is not None and max_kv_len < 1:
+            raise ValueError(f"expected max_kv_len of at least 1 token, or None, got {max_kv_len}")
+        self.q_heads, self.kv_heads, self.group = q_heads, kv_heads, q_heads // kv_heads
+        self.head_dim_qk, self.head_dim_vo = head_dim, head_dim if head_dim_vo is None else head_dim_vo
+        self.max_requests, self.max_tokens, self.max_kv_len = max_requests, max_tokens, max_kv_len
+        self.causal, self.window, self.batch_invariant = causal, window, batch_invariant
+        self.device = device
+        self.tiles = tiles or Tiles.for_device(device, self.head_dim_qk, self.head_dim_vo)
+        self._core: Any = jit.core()
+        self._config = tvm_ffi.Shape(
+            (
+                kv_heads,
+                self.group,
+                self.tiles.workers,
+                self.tiles.q_wide,
+                self.tiles.q_narrow,
+                self.tiles.kv,
+                int(causal),
+                window or 0,
+                cost_model().chunk_tiles if batch_invariant else 0,
+                max_requests,
+                max_tokens,
+                max_kv_len or 0,
+            )
+        )
+        self.layout = _Layout(*self._core.plan_layout(self._config))
+        self._smxx = jit.smxx(jit.arch_of(device)) if device.type == "cuda" else None
+        self._ring: _StagingRing | None = None
+        self._debug = env.debug()
+
+        buffer = torch.zeros(self.layout.bytes + 63, dtype=torch.uint8, device=device)
+        offset = -buffer.data_ptr() % 64
+        self._buffer = buffer[offset : offset + self.layout.bytes]
+        self.header = self._view(0, (_HEADER_INTS,))
+        self.worker_indptr = self._view(self.layout.worker_indptr, (self.tiles.workers + 1,))
+        self.items = self._view(self.layout.items, (self.layout.max_items, _ITEM_INTS))
+        self.merges = self._view(self.layout.merges, (self.layout.max_merges, _ITEM_INTS))
+        self.partial_o, self.partial_lse = self._partials(workspace)
+
+    @property
+    def plan_bytes(self) -> int:
+        """Device bytes of the plan itself."""
+        return self.layout.bytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Device bytes for partial states, whatever the group size: slots * q_wide * (head_dim_vo + 1) floats."""
+        return self._lse_offset + self._states * 4
+
+    @property
+    def _states(self) -> int:
+        return self.layout.max_slots * self.tiles.q_wide
+
+    @property
+    def _lse_offset(self) -> int:
+        return math.ceil(self._states * self.head_dim_vo * 4 / _ALIGNMENT) * _ALIGNMENT
+
+    def _view(self, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._buffer[offset : offset + math.prod(shape) * 4].view(torch.int32).view(shape)
+
+    def _partials(self, workspace: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = self.workspace_bytes
+        if workspace is None:
+            workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
+        found = workspace.numel() * workspace.element_size()
+        if workspace.device != self.device or not workspace.is_contiguous():
+            raise ValueError(f"expected a contiguous workspace on {self.device}, got one on {workspace.device}")
+        if found < wanted:
+            raise ValueError(f"expected a workspace of at least {wanted} bytes, got {found}")
+        if workspace.data_ptr() % 16:
+            raise ValueError(f"expected the workspace aligned to 16 bytes, got {workspace.data_ptr() % 16} past")
+        memory = workspace.view(-1).view(torch.uint8)
+        slots, rows, dim = self.layout.max_slots, self.tiles.q_wide, self.head_dim_vo
+        partial_o = memory[: self._states * dim * 4].view(torch.float32).view(slots, rows, dim)
+        partial_lse = memory[self._lse_offset : wanted].view(torch.float32).view(slots, rows)
+        return partial_o, partial_lse
+
+    def plan(
+        self,
+        batch: BlockSparse,
+        *,
+        on: str = "device",
+        qo_indptr_cpu: torch.Tensor | None = None,
+        kv_len_cpu: torch.Tensor | None = None,
+    ) -> Plan:
+        """Plans this batch, into the same buffers as the last plan.
+
+        on="device": where the batch's own lengths lie; on a GPU without synchronising, on the current stream, and
+        capturable. on="host": from qo_indptr_cpu [R + 1] and kv_len_cpu [R] int32, copied to the GPU on the
+        current stream. kv_len may be an upper bound of the true length, qo_indptr must be exact.
+        Raises ValueError or TypeError for lengths of the wrong shape, dtype or device, and, where they are read on
+        the host, for lengths beyond the capacities. On a GPU those give an empty plan (see Plan.check).
+        """
+        if on not in ("device", "host"):
+            raise ValueError(f'expected on="device" or on="host", got {on!r}')
+        if self._smxx is None:
+            self._core.plan_host(self._config, self._buffer, batch.qo_indptr, batch.kv_len)
+        elif torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self.plan(batch, on=on, qo_indptr_cpu=qo_indptr_cpu, kv_len_cpu=kv_len_cpu)
+        elif on == "host":
+            self._plan_from_host(batch, qo_indptr_cpu, kv_len_cpu)
+        else:
+            smxx = self._smxx
+            self._core.plan_device(
+                self._config, self._buffer, batch.qo_indptr, batch.kv_len, smxx.plan, smxx.error
+            )
+        plan = Plan(self, batch)
+        if self._debug and not (self._smxx and torch.cuda.is_current_stream_capturing()):
+            plan.check()
+        return plan
+
+    def _plan_from_host(
+        self, batch: BlockSparse, qo_indptr: torch.Tensor | None, kv_len: torch.Tensor | None
+    ) -> None:
+        if qo_indptr is None or kv_len is None:
+            raise ValueError('expected qo_indptr_cpu and kv_len_cpu with on="host", got None')
+        if kv_len.shape[0] != batch.num_requests:
+            raise ValueError(f"expected kv_len_cpu of {batch.num_requests} requests, got {kv_len.shape[0]}")
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError('expected on="device" while a graph is captured, got on="host"')
+        if self._ring is None:
+            self._ring = _StagingRing(self.layout.bytes)
+        used = self._core.plan_host(self._config, self._ring.acquire(), qo_indptr, kv_len)
+        self._ring.send(self._buffer, used)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A planned batch: what `run` takes. Its buffers are the planner's, valid until the planner plans again."""
+
+    planner: Planner
+    batch: BlockSparse
+
+    @property
+    def header(self) -> torch.Tensor:
+        """[16] int32: items, merges, slots, segments, slice and total (int64 each), error, 7 unused."""
+        return self.planner.header
+
+    @property
+    def worker_indptr(self) -> torch.Tensor:
+        """[workers + 1] int32 offsets into items."""
+        return self.planner.worker_indptr
+
+    @property
+    def items(self) -> torch.Tensor:
+        """[max_items, 8] int32: request, row_begin, kv_head, kv_begin, kv_end (tokens), slot, flags, level."""
+        return self.planner.items
+
+    @property
+    def merges(self) -> torch.Tensor:
+        """[max_merges, 8] int32: as items, but first and end slot for kv_begin and kv_end, and slot -1."""
+        return self.planner.merges
+
+    @property
+    def partial_o(self) -> torch.Tensor:
+        """[max_slots, q_wide, head_dim_vo] float32."""
+        return self.planner.partial_o
+
+    @property
+    def partial_lse(self) -> torch.Tensor:
+        """[max_slots, q_wide] float32, log2."""
+        return self.planner.partial_lse
+
+    def rebind(self, batch: BlockSparse) -> Plan:
+        """The same work items over another page table. Lengths must be equal; on a GPU only their number is checked."""
+        if batch.num_requests != self.batch.num_requests:
+            raise ValueError(f"expected a batch of {self.batch.num_requests} requests, got {batch.num_requests}")
+        if batch.device != self.batch.device:
+            raise ValueError(f"expected a batch on {self.batch.device}, got {batch.device}")
+        if batch.device.type == "cpu" and not (
+            torch.equal(batch.qo_indptr, self.batch.qo_indptr) and torch.equal(batch.kv_len, self.batch.kv_len)
+        ):
+            raise ValueError("expected a batch of the planned lengths, got other qo_indptr or kv_len")
+        return Plan(self.planner, batch)
+
+    def check(self) -> None:
+        """Waits for the plan. Raises RuntimeError if the batch's lengths exceeded the planner's capacities."""
+        if self.header[8].item():
+            p = self.planner
+            raise RuntimeError(
+                f"expected lengths within max_tokens {p.max_tokens} and max_kv_len {p.max_kv_len}, "
+                f"got a batch of more than {p.layout.max_segments} row tiles"
+            )
+
+    def show(self) -> str:
+        """Counts and the load of the workers, in units of csrc/cost.h. Waits for the plan."""
+        cost = cost_model()
+        items, merges, slots, segments = self.header[:4].tolist()
+        work = self.items[:items].cpu()
+        tiles = (work[:, 4] - work[:, 3]) // self.planner.tiles.kv
+        per_tile = torch.where(work[:, 6] & 1 == 1, cost.wide, cost.narrow)
+        ends = torch.cumsum(torch.cat([torch.zeros(1, dtype=torch.int64), cost.item + tiles * per_tile]), 0)
+        load = ends[self.worker_indptr.cpu().long()].diff()
+        return (
+            f"{items} items of {segments} row tiles, {slots} partial states, {merges} merges; "
+            f"load of {load.numel()} workers: mean {load.double().mean():.1f}, most {int(load.max())}"
+        )
