@@ -1,41 +1,45 @@
-// Partial attention states and how they join. A state is (o, lse): o normalised over its own keys, lse in log2.
-// The empty state is (0, -inf). Shared by every executor, so that the merge means the same thing everywhere.
+// Joining partial states: the one arithmetic of every merge, host and device. All in log2.
 #pragma once
 #include "params.h"
 
-#include <math.h>
+#if !defined(__CUDACC__)
+#include <cmath>
+#endif
 
 namespace fi {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Factor for an unnormalised row and the LSE (log2) of its keys.
-struct RowFinish {
-  float factor;
-  float lse;
-};
+// Running softmax denominator: weight(i) = exp2(logit_i - max), sum = sum of weights. Empty: max = -inf, sum = 0.
+// A joined value is  o = o * keep + take * o_new,  and at the end  o * inverse().
+struct State {
+  float max, sum;
 
-FI_HD float reciprocal(float x) {
+  struct Factors {
+    float keep, take;
+  };
+
+  FI_HD static State empty() { return {-INFINITY, 0.f}; }
+
+  // Adds mass 2^log2_mass * amount. -inf joins nothing, also to an empty state (inf - inf would be NaN).
+  FI_HD Factors join(float log2_mass, float amount = 1.f) {
+    if (log2_mass == -INFINITY) return {1.f, 0.f};
+    float top = max > log2_mass ? max : log2_mass;
+    Factors f{exp2f(max - top), exp2f(log2_mass - top)};
+    sum = sum * f.keep + amount * f.take;
+    max = top;
+    return f;
+  }
+
+  FI_HD float inverse() const {
 #if defined(__CUDA_ARCH__)
-  return __fdividef(1.f, x);  // the exact one is a call, and a call spills
+    return sum > 0.f ? __fdividef(1.f, sum) : 0.f;  // the exact division is a call, and a call spills
 #else
-  return 1.f / x;
+    return sum > 0.f ? 1.f / sum : 0.f;
 #endif
-}
-
-// sum = sum of exp2(x - max) over the row's keys; max = -inf and sum = 0 without keys.
-FI_HD RowFinish finish_row(float sum, float max) {
-  if (!(sum > 0.f)) return {0.f, -INFINITY};
-  return {reciprocal(sum), max + log2f(sum)};
-}
-
-// A sink is a key without a value: it enlarges the denominator of a finished row. sink in natural units.
-FI_HD RowFinish add_sink(float lse, float sink) {
-  float s = sink * kLog2e;
-  float top = lse > s ? lse : s;
-  float joined = top + log2f(exp2f(lse - top) + exp2f(s - top));
-  return {exp2f(lse - joined), joined};
-}
+  }
+  FI_HD float lse() const { return sum > 0.f ? max + log2f(sum) : -INFINITY; }  // log2
+};
 
 }  // namespace fi

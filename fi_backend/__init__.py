@@ -1,3 +1,9 @@
 """fi_backend: an attention engine for LLM serving. Everything public is named here."""
 
+from . import variants
+from .formats import BlockSparse, KVCache
+from .plan import Plan, Planner, Tiles
+from .run import append, run
+
 __version__ = "0.1.0"
+__all__ = ["BlockSparse", "KVCache", "Plan", "Planner", "Tiles", "append", "run", "variants"]

@@ -141,7 +141,8 @@ def _core_library() -> Library:
 
 
 def _cpu_library(spec: Spec) -> Library:
-    flags = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-Wall", "-fopenmp", "-fno-gnu-unique"]
+    flags = ["-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fPIC", "-Wall"]
+    flags += ["-fopenmp", "-fno-gnu-unique"]
     gomp = toolchain.openmp_runtime()
 
     def steps(folder: Path) -> list[list[str]]:

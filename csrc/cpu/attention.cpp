@@ -1,0 +1,260 @@
+// The CPU executor: the definition of what every executor computes, in plain loops over the same work items.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "element.h"
+#include "fi_spec.h"
+#include "params.h"
+#include "state.h"
+#include "tile_math.h"
+#include "tiles.h"
+#include "variant.h"
+
+namespace fi::cpu {
+namespace {
+
+#if defined(FI_ELEMENT_BF16)
+using Element = BF16;
+#elif defined(FI_ELEMENT_F16)
+using Element = F16;
+#else
+using Element = float;
+#endif
+using spec::Args;
+using spec::kHeadDimQk;
+using spec::kHeadDimVo;
+using spec::Variant;
+
+constexpr Tiles kTiles = tiles_for(kArchCpu, kHeadDimQk, kHeadDimVo);
+constexpr int kRows = kTiles.q_wide, kKeys = kTiles.kv;
+constexpr int kPadQk = pad(kHeadDimQk, kLanes), kPadVo = pad(kHeadDimVo, 4 * kLanes);
+static_assert(kRows % 2 == 0 && kTiles.q_narrow % 2 == 0 && kKeys % 4 == 0, "tile_math works on 2 rows, 4 keys");
+
+// Everything one thread needs for one work item. Padding stays 0 from the start.
+struct alignas(64) Tile {
+  float q[kRows][kPadQk] = {};
+  float o[kRows][kPadVo];
+  float k[kKeys][kPadQk] = {};
+  float v[kKeys][kPadVo] = {};
+  float s[2][kKeys];
+  State state[kRows];
+  Row row[kRows];
+  KeyRange keys[kRows];
+  int rows;
+};
+
+Tile& my_tile() {
+  thread_local std::unique_ptr<Tile> tile(new Tile);
+  return *tile;
+}
+
+Args args_of(const AttentionParams& p) {
+  static_assert(sizeof(Args) <= kMaxVariantBytes, "too many variant arguments");
+  Args args;
+  std::memcpy(static_cast<void*>(&args), p.variant_args, sizeof(Args));
+  return args;
+}
+
+int64_t first_token(const AttentionParams& p, const WorkItem& w) { return p.batch.qo_indptr[w.request]; }
+
+int rows_of(const AttentionParams& p, const WorkItem& w) {
+  int64_t q_len = p.batch.qo_indptr[w.request + 1] - first_token(p, w);
+  int64_t left = q_len * p.group - w.row_begin;
+  return int(std::min<int64_t>(left, w.flags & kWideTile ? kTiles.q_wide : kTiles.q_narrow));
+}
+
+// Where row i of the tile lies in q and out.
+struct Place {
+  int64_t token;
+  int32_t head;
+};
+Place place_of(const AttentionParams& p, const WorkItem& w, int i) {
+  int32_t row = w.row_begin + i;
+  return {first_token(p, w) + row / p.group, w.kv_head * p.group + row % p.group};
+}
+
+void load_rows(const AttentionParams& p, const Args& args, const WorkItem& w, Tile& t) {
+  int32_t kv_len = p.batch.kv_len[w.request];
+  int32_t q_len = p.batch.qo_indptr[w.request + 1] - p.batch.qo_indptr[w.request];
+  t.rows = rows_of(p, w);
+  for (int i = 0; i < t.rows; ++i) {
+    Place at = place_of(p, w, i);
+    int32_t q_pos = kv_len - q_len + int32_t(at.token - first_token(p, w));
+    t.row[i] = {w.request, at.head, q_pos, kv_len};
+    KeyRange keys = Variant::keys(args, t.row[i]);
+    t.keys[i] = {std::max(keys.begin, 0), std::min(keys.end, kv_len)};
+    t.state[i] = State::empty();
+    const Element* q = static_cast<const Element*>(p.q) + at.token * p.q_token + at.head * p.q_head;
+    for (int d = 0; d < kHeadDimQk; ++d) t.q[i][d] = to_float(q[d]);
+  }
+  std::fill(&t.o[0][0], &t.o[0][0] + pad(t.rows, 2) * kPadVo, 0.f);
+}
+
+// Keys that this item covers and at least one of its rows sees. Nothing else is read: it may be poison.
+KeyRange range_of(const WorkItem& w, const Tile& t) {
+  KeyRange range{INT32_MAX, 0};
+  for (int i = 0; i < t.rows; ++i) {
+    if (t.keys[i].begin >= t.keys[i].end) continue;
+    range.begin = std::min(range.begin, t.keys[i].begin);
+    range.end = std::max(range.end, t.keys[i].end);
+  }
+  // planned from an upper bound of kv_len, a window begins lower than the plan thought
+  if (!(w.flags & kFirstPiece)) range.begin = std::max(range.begin, w.kv_begin);
+  range.end = std::min(range.end, w.kv_end);
+  return range;
+}
+
+int64_t page_of(const Batch& b, int32_t request, int32_t index, int32_t page_size) {
+  int64_t start = request;
+  if (b.starts) {
+    start = b.starts_are_64 ? static_cast<const int64_t*>(b.starts)[request]
+                            : static_cast<const int32_t*>(b.starts)[request];
+  }
+  int32_t entry = b.table[start * b.start_stride + int64_t(index) * b.entry_step];
+  return b.entries_are_slots ? entry / page_size : entry;
+}
+
+// Keys [begin, end) of a KV tile to the front of t.k and t.v; up to a multiple of 4 the rest is 0.
+void load_keys(const AttentionParams& p, const WorkItem& w, int32_t begin, int32_t end, Tile& t) {
+  const KVCache& kv = p.kv;
+  for (int32_t pos = begin; pos < end;) {
+    int32_t index = pos / kv.page_size, offset = pos % kv.page_size;
+    int32_t run = std::min(kv.page_size - offset, end - pos);
+    int64_t page = page_of(p.batch, w.request, index, kv.page_size);
+    const Element* k = static_cast<const Element*>(kv.k) + page * kv.k_page + w.kv_head * kv.k_head;
+    const Element* v = static_cast<const Element*>(kv.v) + page * kv.v_page + w.kv_head * kv.v_head;
+    for (int32_t i = 0; i < run; ++i) {
+      float* to_k = t.k[pos - begin + i];
+      float* to_v = t.v[pos - begin + i];
+      const Element* from_k = k + (offset + i) * kv.k_token;
+      const Element* from_v = v + (offset + i) * kv.v_token;
+      for (int d = 0; d < kHeadDimQk; ++d) to_k[d] = to_float(from_k[d]);
+      for (int d = 0; d < kHeadDimVo; ++d) to_v[d] = to_float(from_v[d]);
+    }
+    pos += run;
+  }
+  for (int j = end - begin; j < pad(end - begin, 4); ++j) {
+    std::fill_n(t.k[j], kPadQk, 0.f);
+    std::fill_n(t.v[j], kPadVo, 0.f);
+  }
+}
+
+// Turns one row's logits of keys [begin, begin + count) into weights; returns what to keep of the old output.
+float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, float* s) {
+  int lo = std::clamp(t.keys[i].begin - begin, 0, count);
+  int hi = std::clamp(t.keys[i].end - begin, lo, count);
+  for (int j = 0; j < lo; ++j) s[j] = 0.f;
+  for (int j = hi; j < pad(count, 4); ++j) s[j] = 0.f;
+  if (lo == hi) return 1.f;
+
+  if constexpr (Variant::kHasLogits) {
+    for (int j = lo; j < hi; ++j) s[j] = Variant::logits(args, s[j], t.row[i], begin + j);
+  }
+  float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+  for (int j = lo; j < hi; ++j) {
+    s[j] *= kLog2e;
+    top = s[j] > top ? s[j] : top;
+  }
+  State& state = t.state[i];
+  float reference = state.max > top ? state.max : top;  // one reference for old and new: nothing to rescale twice
+  if (reference == -INFINITY) {  // a logits transform hid every key
+    std::fill_n(s + lo, hi - lo, 0.f);
+    return 1.f;
+  }
+  float mass = 0.f;
+#pragma omp simd reduction(+ : mass)
+  for (int j = lo; j < hi; ++j) {
+    s[j] = exp2_negative(s[j] - reference);
+    mass += s[j];
+  }
+  return state.join(reference, mass).keep;
+}
+
+void attend(const AttentionParams& p, const Args& args, const WorkItem& w, Tile& t) {
+  KeyRange range = range_of(w, t);
+  for (int32_t begin = range.begin; begin < range.end;) {
+    int32_t end = std::min((begin / kKeys + 1) * kKeys, range.end);
+    int count = end - begin;
+    load_keys(p, w, begin, end, t);
+    for (int i = 0; i < t.rows; i += 2) {
+      dot_rows<kPadQk, kKeys>(t.q[i], t.k[0], pad(count, 4), p.scale, t.s[0]);
+      float keep[2] = {1.f, 1.f};
+      keep[0] = softmax_row(args, begin, count, i, t, t.s[0]);
+      // the row that pads an odd count computes numbers that nobody reads
+      if (i + 1 < t.rows) keep[1] = softmax_row(args, begin, count, i + 1, t, t.s[1]);
+      add_values<kPadVo, kKeys>(t.s[0], t.v[0], pad(count, 4), keep, t.o[i]);
+    }
+    begin = end;
+  }
+}
+
+// A finished row: the sink, at most one, joins here and nowhere else.
+void write_row(const AttentionParams& p, const Args& args, const WorkItem& w, int i, State state, const float* o) {
+  Place at = place_of(p, w, i);
+  float keep = 1.f;
+  if constexpr (Variant::kHasSink) keep = state.join(Variant::sink(args, at.head) * kLog2e).keep;
+  Element* out = static_cast<Element*>(p.out) + at.token * p.o_token + at.head * p.o_head;
+  float factor = keep * state.inverse();
+  for (int d = 0; d < kHeadDimVo; ++d) out[d] = from_float<Element>(o[d] * factor);
+  if (p.lse) p.lse[at.token * p.kv_heads * p.group + at.head] = state.lse() * kLn2;
+}
+
+void store(const AttentionParams& p, const Args& args, const WorkItem& w, const Tile& t) {
+  for (int i = 0; i < t.rows; ++i) {
+    if (w.slot < 0) {
+      write_row(p, args, w, i, t.state[i], t.o[i]);
+      continue;
+    }
+    int64_t at = int64_t(w.slot) * kRows + i;
+    p.partial_lse[at] = t.state[i].lse();
+    float inverse = t.state[i].inverse();
+    for (int d = 0; d < kHeadDimVo; ++d) p.partial_o[at * kHeadDimVo + d] = t.o[i][d] * inverse;
+  }
+}
+
+// w.kv_begin .. w.kv_end are slots here, joined in their order.
+void merge(const AttentionParams& p, const Args& args, const WorkItem& w) {
+  int rows = rows_of(p, w);
+  float o[kHeadDimVo];
+  for (int i = 0; i < rows; ++i) {
+    State state = State::empty();
+    std::fill_n(o, kHeadDimVo, 0.f);
+    for (int32_t slot = w.kv_begin; slot < w.kv_end; ++slot) {
+      int64_t at = int64_t(slot) * kRows + i;
+      State::Factors f = state.join(p.partial_lse[at]);
+      if (f.take == 0.f) continue;
+      for (int d = 0; d < kHeadDimVo; ++d) o[d] = o[d] * f.keep + f.take * p.partial_o[at * kHeadDimVo + d];
+    }
+    write_row(p, args, w, i, state, o);
+  }
+}
+
+void run(const AttentionParams& p) {
+  const Args args = args_of(p);
+#pragma omp parallel if (p.header->items > 1)
+  {
+    Tile& tile = my_tile();
+#pragma omp for schedule(dynamic, 1)
+    for (int32_t worker = 0; worker < p.workers; ++worker) {
+      for (int32_t n = p.worker_indptr[worker]; n < p.worker_indptr[worker + 1]; ++n) {
+        load_rows(p, args, p.items[n], tile);
+        attend(p, args, p.items[n], tile);
+        store(p, args, p.items[n], tile);
+      }
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int32_t n = 0; n < p.header->merges; ++n) merge(p, args, p.merges[n]);
+  }
+}
+
+}  // namespace
+}  // namespace fi::cpu
+
+extern "C" int fi_attention(const fi::AttentionParams* params, void*) {
+  fi::cpu::run(*params);
+  return 0;
+}
+
+extern "C" const char* fi_error(int) { return "the CPU executor reports no errors"; }

@@ -1,0 +1,50 @@
+"""Checks that must read device memory back: FI_DEBUG=1 only. They do nothing while a CUDA graph is captured."""
+
+from __future__ import annotations
+
+import torch
+
+from .formats import BlockSparse
+
+
+def _capturing(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def check_page_table(batch: BlockSparse, num_pages: int, window: int | None) -> None:
+    """Raises ValueError for the first page table entry that `run` would read and that names no page."""
+    if _capturing(batch.table):
+        return
+    size, table = batch.table_size, batch.table
+    flat = torch.as_strided(table, (size,), (1,), table.storage_offset()) if size else table.reshape(-1)
+    q_len = batch.qo_indptr.diff().tolist()
+    starts = range(batch.num_requests) if batch.starts is None else batch.starts.tolist()
+    for request, kv_len in enumerate(batch.kv_len.tolist()):
+        if kv_len <= 0 or q_len[request] <= 0:
+            continue
+        pages = -(-kv_len // batch.page_size)
+        skipped = 0 if window is None else max(0, kv_len - q_len[request] - window + 1) // batch.page_size
+        first = starts[request] * batch.start_stride + skipped * batch.entry_step
+        last = first + (pages - skipped - 1) * batch.entry_step
+        if first < 0 or last >= size:
+            raise ValueError(
+                f"page table: request {request} needs {pages} pages, entries {first} to {last}, "
+                f"expected entries of 0 to {size - 1}"
+            )
+        entries = flat[first : last + 1 : max(batch.entry_step, 1)]
+        page_ids = entries // batch.page_size if batch.entries_are_slots else entries
+        bad = ((entries < 0) | (page_ids >= num_pages)).nonzero()
+        if len(bad):
+            at = int(bad[0])
+            limit = num_pages * batch.page_size if batch.entries_are_slots else num_pages
+            what = "slot" if batch.entries_are_slots else "page"
+            raise ValueError(
+                f"page table: request {request}, entry {skipped + at}: expected a {what} of 0 to {limit - 1}, "
+                f"got {int(entries[at])}"
+            )
+
+
+def check_slots(slot_mapping: torch.Tensor, slots: int) -> None:
+    """Raises ValueError if a slot lies past the cache."""
+    if slot_mapping.numel() and not _capturing(slot_mapping) and (top := int(slot_mapping.max())) >= slots:
+        raise ValueError(f"expected slots below {slots} (pages x page_size), got {top}")

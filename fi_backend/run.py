@@ -1,0 +1,135 @@
+"""One fused call per layer: attention over a plan, and the KV append that goes before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import debug, env, jit
+from .formats import KVCache
+from .variants import CAUSAL, WINDOW, Variant
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+@dataclass
+class _Bound:
+    """A plan as C++ sees it, and the executors it was run with. Lives and dies with its plan."""
+
+    storage: torch.Tensor  # a BoundPlan: raw pointers into tensors that the plan keeps alive
+    arch: int
+    scale: float
+    debug: bool
+    call: Any
+    executors: dict[tuple[Variant, torch.dtype], jit.Executor] = field(default_factory=dict)
+
+
+def _bind(plan: Plan) -> _Bound:
+    planner, batch, core = plan.planner, plan.batch, jit.core()
+    arch = jit.arch_of(planner.device)
+    tiles, compiled = planner.tiles, tuple(core.plan_tiles(arch, planner.head_dim, planner.head_dim_vo))[:3]
+    if (tiles.q_wide, tiles.q_narrow, tiles.kv) != compiled:
+        raise ValueError(
+            f"expected tiles of {compiled} (q_wide, q_narrow, kv: what the executor is compiled for), "
+            f"got {(tiles.q_wide, tiles.q_narrow, tiles.kv)}"
+        )
+    storage = torch.empty(core.bound_bytes(), dtype=torch.uint8, device="cpu")
+    core.bind(
+        storage,
+        batch.qo_indptr,
+        batch.kv_len,
+        batch.table,
+        batch.starts,
+        batch.start_stride,
+        batch.entry_step,
+        batch.entries_are_slots,
+        batch.table_size,
+        batch.page_size,
+        plan.header,
+        plan.worker_indptr,
+        plan.items,
+        plan.merges,
+        plan.partial_o,
+        plan.partial_lse,
+        tiles.workers,
+        planner.kv_heads,
+        planner.q_heads // planner.kv_heads,
+        planner.head_dim,
+        planner.head_dim_vo,
+    )
+    bound = _Bound(storage, arch, planner.head_dim**-0.5, env.debug(), core.run)
+    plan.__dict__["_bound"] = bound  # a cache: the plan itself stays frozen
+    return bound
+
+
+def _load(plan: Plan, bound: _Bound, variant: Variant, dtype: torch.dtype) -> jit.Executor:
+    if not isinstance(variant, Variant):
+        raise TypeError(f"expected variant to be a Variant, got {type(variant).__name__}")
+    planner = plan.planner
+    if planner.causal and CAUSAL not in variant:
+        raise ValueError(f"expected a causal variant (the plan dropped keys after each row), got {variant}")
+    if planner.window is not None and WINDOW not in variant:
+        raise ValueError(f"expected a variant with WINDOW (the plan kept {planner.window} keys a row), got {variant}")
+    if dtype not in jit.DTYPES:
+        raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
+    spec = jit.Spec(bound.arch, jit.DTYPES[dtype], planner.head_dim, planner.head_dim_vo, variant)
+    found = bound.executors[variant, dtype] = jit.executor(spec)
+    return found
+
+
+def run(
+    plan: Plan,
+    q: torch.Tensor,
+    kv: KVCache,
+    out: torch.Tensor | None = None,
+    *,
+    variant: Variant = CAUSAL,
+    scale: float | None = None,
+    lse: torch.Tensor | None = None,
+    **variant_args: Any,
+) -> torch.Tensor:
+    """Attention of q against the pages of the plan's batch. Returns out.
+
+    q [tokens, q_heads, head_dim_qk] and out [tokens, q_heads, head_dim_vo]: bf16 or f16 (f32 too on the CPU), any
+    strides with a contiguous last dimension; tokens past qo_indptr[-1] are left as they are. scale: logits are
+    scale * q.k, default head_dim_qk ** -0.5. lse [tokens, q_heads] float32, filled with the natural-log sum of
+    exponentials; rows without keys get -inf and out 0. The variant's arguments go by name.
+
+    Runs on the current stream, allocates only `out`, never synchronises (unless FI_DEBUG=1). Raises ValueError or
+    TypeError for inputs that do not fit the plan, RuntimeError when a kernel cannot be built or launched.
+    """
+    bound = plan.__dict__.get("_bound") or _bind(plan)
+    executor = bound.executors.get((variant, q.dtype)) or _load(plan, bound, variant, q.dtype)
+    planner = plan.planner
+    args = variant.pack(variant_args, planner.q_heads, planner.device)
+    if planner.window is not None and variant_args["window"] > planner.window:
+        raise ValueError(
+            f"expected a window of at most {planner.window} (the plan kept no more), got {variant_args['window']}"
+        )
+    if out is None:
+        out = q.new_empty(q.shape[0], planner.q_heads, planner.head_dim_vo)
+    if bound.debug:
+        debug.check_page_table(plan.batch, kv.num_pages, planner.window)
+    if scale is None:
+        scale = bound.scale
+    bound.call(bound.storage, executor.attention, executor.error, q, kv.k, kv.v, out, lse, scale, args)
+    return out
+
+
+def append(kv: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Writes new keys and values into the cache: token i goes to slot_mapping[i] = page * page_size + offset.
+
+    k [tokens, kv_heads, head_dim_qk], v [tokens, kv_heads, head_dim_vo] of the cache's dtype, at least as many
+    tokens as slot_mapping [tokens] int64 has; a negative slot skips its token. Raises ValueError or TypeError; a
+    slot past the cache is found on the CPU and, with FI_DEBUG=1, on a GPU.
+    """
+    function = error = 0
+    if kv.k.is_cuda:
+        smxx = jit.smxx(jit.arch_of(kv.device))
+        function, error = smxx.append, smxx.error
+        if env.debug():
+            debug.check_slots(slot_mapping, kv.num_pages * kv.page_size)
+    jit.core().append(function, error, kv.k, kv.v, k, v, slot_mapping)

@@ -1,0 +1,150 @@
+"""A case is a value: lengths, heads, layout, variant, seed. `make` turns it into tensors, the same for any executor.
+
+Whatever attention must not read is NaN: pages of nobody, the tail of a last page, entries past a request's pages.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fi_backend.formats import BlockSparse, KVCache
+from fi_backend.variants import Variant, parse
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+LAYOUTS = ("NHD", "HND", "packed", "padded")
+TABLES = ("block", "token", "token64", "csr", "csr64")
+POISON = float("nan")
+
+
+@dataclass(frozen=True)
+class Case:
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    q_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    head_dim_vo: int | None = None  # None: head_dim
+    page_size: int = 16
+    layout: str = "NHD"
+    table: str = "block"
+    dtype: str = "bf16"
+    variant: str = "CAUSAL"
+    window: int = 50
+    soft_cap: float = 3.0
+    extra_tokens: int = 2  # rows of q past the last request
+    seed: int = 0
+
+    def __str__(self) -> str:
+        dims = f"{self.head_dim}x{self.head_dim_vo or self.head_dim}"
+        lens = f"{len(self.q_lens)}r{sum(self.q_lens)}q{sum(self.kv_lens)}k"
+        heads = f"{self.q_heads}h{self.kv_heads}"
+        return f"{lens}-{heads}-{dims}-{self.dtype}-p{self.page_size}-{self.layout}-{self.table}-{self.variant}"
+
+
+@dataclass
+class Inputs:
+    case: Case
+    q: torch.Tensor
+    kv: KVCache
+    batch: BlockSparse
+    out: torch.Tensor  # poisoned
+    lse: torch.Tensor  # poisoned
+    variant: Variant
+    variant_args: dict[str, Any]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.case.q_lens)
+
+
+def _empty_cache(case: Case, pages: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    dims = (case.head_dim, case.head_dim_vo or case.head_dim)
+    n, h = case.page_size, case.kv_heads
+
+    def full(*shape: int) -> torch.Tensor:
+        return torch.full(shape, POISON, dtype=dtype, device=device)
+
+    if case.layout == "packed":
+        if dims[0] != dims[1]:
+            raise ValueError("a packed cache has one head_dim")
+        return KVCache.packed(full(pages, h, n, 2 * dims[0]))
+    if case.layout == "HND":
+        return KVCache.separate(*(full(pages, h, n, d) for d in dims), layout="HND")
+    if case.layout == "padded":  # page, token and head strides all larger than they need to be
+        return KVCache.separate(*(full(pages, n + 1, h + 1, d + 16)[:, :n, :h, :d] for d in dims))
+    return KVCache.separate(*(full(pages, n, h, d) for d in dims))
+
+
+def _tables(case: Case, owned: list[list[int]], device: torch.device) -> dict[str, Any]:
+    """Page ids of each request, in the form the case asks for. Page 0 belongs to nobody."""
+    width = max(map(len, owned), default=0) + 2
+    block = torch.zeros(len(owned), width, dtype=torch.int32)
+    for row, pages in enumerate(owned):
+        block[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+    if case.table == "block":
+        wide = torch.zeros(len(owned) + 1, width + 3, dtype=torch.int32)  # rows lie further apart than they are long
+        wide[: len(owned), :width] = block
+        return {"block_table": wide.to(device)[:, :width]}
+    if case.table.startswith("token"):
+        slots = block[:, :, None] * case.page_size + torch.arange(case.page_size, dtype=torch.int32)
+        pool = torch.zeros(2 * len(owned) + 1, width * case.page_size, dtype=torch.int32)
+        rows = torch.arange(2 * len(owned) - 1, -1, -2, dtype=torch.int64)
+        pool[rows] = slots.reshape(len(owned), -1)
+        return {
+            "req_to_token": pool.to(device),
+            "rows": rows.to(device, torch.int64 if case.table == "token64" else torch.int32),
+        }
+    indptr = torch.tensor([0, *itertools.accumulate(map(len, owned))])
+    indices = torch.tensor([0, *itertools.chain(*owned)], dtype=torch.int32).to(device)[1:]
+    return {"indptr": indptr.to(device, torch.int64 if case.table == "csr64" else torch.int32), "indices": indices}
+
+
+_CONSTRUCTORS = {
+    "block": BlockSparse.from_block_table,
+    "token": BlockSparse.from_token_table,
+    "csr": BlockSparse.from_csr,
+}
+
+
+def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
+    device, dtype = torch.device(device), DTYPES[case.dtype]
+    rng = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng).to(device, dtype)
+
+    need = [-(-n // case.page_size) for n in case.kv_lens]
+    order = iter((torch.randperm(sum(need), generator=rng) + 1).tolist())
+    owned = [[next(order) for _ in range(n)] for n in need]
+    kv = _empty_cache(case, sum(need) + 2, dtype, device)
+    for pages, kv_len in zip(owned, case.kv_lens, strict=True):
+        for index, page in enumerate(pages):
+            n = min(case.page_size, kv_len - index * case.page_size)
+            kv.k[page, :n] = normal(n, case.kv_heads, kv.head_dim_qk)
+            kv.v[page, :n] = normal(n, case.kv_heads, kv.head_dim_vo)
+
+    lens = torch.tensor(case.kv_lens, dtype=torch.int32, device=device)
+    qo_indptr = torch.tensor([0, *itertools.accumulate(case.q_lens)], dtype=torch.int32, device=device)
+    tables = _tables(case, owned, device)
+    batch = _CONSTRUCTORS[case.table.removesuffix("64")](qo_indptr, lens, page_size=case.page_size, **tables)
+
+    tokens = sum(case.q_lens) + case.extra_tokens
+    # an engine's q is a slice of the fused projection: rows lie further apart than they are long
+    q = torch.full((tokens, case.q_heads + 2, case.head_dim), POISON, dtype=dtype, device=device)[:, : case.q_heads]
+    q[: sum(case.q_lens)] = normal(sum(case.q_lens), case.q_heads, case.head_dim)
+    out = torch.full((tokens, case.q_heads, kv.head_dim_vo), POISON, dtype=dtype, device=device)
+    lse = torch.full((tokens, case.q_heads), POISON, dtype=torch.float32, device=device)
+
+    variant = parse(case.variant)
+    values = {
+        "window": case.window,
+        "soft_cap": case.soft_cap,
+        "alibi_slopes": (2.0 ** -torch.arange(1, case.q_heads + 1).div(case.q_heads / 8)).to(device),
+        "sinks": torch.randn(case.q_heads, generator=rng).to(device),
+    }
+    args = {a.name: values[a.name] for a in variant.args}
+    return Inputs(case, q, kv, batch, out, lse, variant, args)

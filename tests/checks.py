@@ -1,0 +1,93 @@
+"""What every executor must do, whatever the device: the CPU and the GPU tests call these."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import reference
+from cases import Case, Inputs, make
+from fi_backend import Plan, Planner, Tiles, run
+from fi_backend.variants import CAUSAL
+
+# beyond twice the error of torch in the same precision: half an ulp of an output near 1, and float32 noise
+ATOL = {"bf16": 2**-9, "f16": 2**-12, "f32": 2e-6}
+
+
+def planner_for(inputs: Inputs, workers: int | None = None, **changes: Any) -> Planner:
+    case, kv = inputs.case, inputs.kv
+    tiles = Tiles.for_device(kv.device, kv.head_dim_qk, kv.head_dim_vo)
+    if workers is not None:
+        tiles = replace(tiles, workers=workers)
+    wanted: dict[str, Any] = dict(
+        q_heads=case.q_heads,
+        kv_heads=case.kv_heads,
+        head_dim=kv.head_dim_qk,
+        head_dim_vo=kv.head_dim_vo,
+        max_requests=max(len(case.q_lens), 1),
+        max_tokens=max(inputs.tokens, 1),
+        max_kv_len=max(case.kv_lens, default=1),
+        causal=CAUSAL in inputs.variant,
+        window=inputs.variant_args.get("window"),
+        device=kv.device,
+        tiles=tiles,
+    )
+    return Planner(**(wanted | changes))
+
+
+def poison(plan: Plan) -> None:
+    plan.partial_o.fill_(float("nan"))
+    plan.partial_lse.fill_(float("nan"))
+
+
+def run_inputs(plan: Plan, inputs: Inputs, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.full_like(inputs.out, float("nan")), torch.full_like(inputs.lse, float("nan"))
+    settings: dict[str, Any] = {"variant": inputs.variant, "lse": lse, **inputs.variant_args}
+    run(plan, inputs.q, inputs.kv, out, **(settings | changes))
+    return out, lse
+
+
+def compare(inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, scale: float | None = None) -> None:
+    """out and lse against the oracle, by the error that torch makes in the same precision."""
+    case, n = inputs.case, inputs.tokens
+    scale = scale or case.head_dim**-0.5
+    ask = (inputs.q, inputs.kv, inputs.batch, inputs.variant, inputs.variant_args, scale)
+    true_out, true_lse = reference.attention(*ask)
+    eager_out, _ = reference.attention(*ask, dtype=inputs.q.dtype)
+    assert out[n:].isnan().all() and lse[n:].isnan().all(), "rows past the last request were written"
+    ours, fair = (x[:n].double() - true_out for x in (out, eager_out.to(out.dtype)))
+    assert not ours.isnan().any(), "a NaN reached the output"
+    if n:
+        limit = 2 * fair.abs().max() + ATOL[case.dtype]
+        assert ours.abs().max() <= limit, f"error {ours.abs().max():.3e}, at most {limit:.3e} allowed"
+        mean_limit = 2 * fair.abs().mean() + ATOL[case.dtype] / 16
+        assert ours.abs().mean() <= mean_limit, f"mean error {ours.abs().mean():.3e}, limit {mean_limit:.3e}"
+    nothing = true_lse == -torch.inf
+    assert ((lse[:n] == -torch.inf) == nothing).all(), "lse is -inf exactly for rows that see nothing"
+    assert (out[:n][nothing] == 0).all(), "a row that sees nothing is 0"
+    torch.testing.assert_close(lse[:n].double()[~nothing], true_lse[~nothing], rtol=1e-5, atol=1e-4)
+
+
+def check_attention(case: Case, device: str = "cpu", workers: int | None = None, **planner: Any) -> None:
+    inputs = make(case, device)
+    before = inputs.kv.k.clone(), inputs.kv.v.clone()
+    plan = planner_for(inputs, workers, **planner).plan(inputs.batch)
+    poison(plan)
+    compare(inputs, *run_inputs(plan, inputs))
+    for cache, old in zip((inputs.kv.k, inputs.kv.v), before, strict=True):
+        assert torch.equal(cache.nan_to_num(1e9), old.nan_to_num(1e9)), "the cache was written"
+
+
+def check_repeats(case: Case, device: str = "cpu", times: int = 20) -> None:
+    """Bitwise the same, planned and run again and again."""
+    inputs = make(case, device)
+    planner = planner_for(inputs)
+    first = run_inputs(planner.plan(inputs.batch), inputs)
+    for _ in range(times - 1):
+        plan = planner.plan(inputs.batch)
+        poison(plan)
+        again = run_inputs(plan, inputs)
+        n = inputs.tokens
+        assert all(torch.equal(a[:n], b[:n]) for a, b in zip(first, again, strict=True)), "two runs differ"
