@@ -1,0 +1,70 @@
+"""Machine code of the common kernels, no GPU needed: tensor cores and asynchronous copies in, spills out."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from fi_backend import jit, toolchain
+from fi_backend.variants import parse
+
+EVERYTHING = "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS"
+ARCHES = (80, 90)
+COMMON = [
+    *(("bf16", dim, "CAUSAL") for dim in (64, 80, 96, 112, 128, 192, 256)),
+    ("f16", 128, "CAUSAL"),
+    ("bf16", 128, EVERYTHING),
+]
+SPECS = [jit.Spec(arch, dtype, dim, dim, parse(variant)) for arch in ARCHES for dtype, dim, variant in COMMON]
+
+
+def nvcc_missing() -> str:
+    try:
+        toolchain.nvcc()
+    except toolchain.BuildError as error:
+        return str(error)
+    return ""
+
+
+pytestmark = pytest.mark.skipif(bool(nvcc_missing()), reason=f"kernels not compiled: {nvcc_missing()}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built() -> None:
+    jit.build_all([jit.library(spec) for spec in SPECS])
+
+
+def cuobjdump(option: str, library: Path) -> str:
+    # the pip wheels put both tools here; cuobjdump looks for nvdisasm on PATH
+    wheel = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13" / "bin"
+    path = f"{wheel}:/usr/local/bin:/usr/bin:/bin"
+    tool = shutil.which("cuobjdump", path=path) or shutil.which("cuobjdump")
+    if tool is None:
+        pytest.skip("no cuobjdump: pip install --no-deps nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    done = subprocess.run([tool, option, str(library)], capture_output=True, text=True, env={"PATH": path})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_no_spills(spec: jit.Spec) -> None:
+    log = (jit.build(jit.library(spec)) / "build.log").read_text()
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(frames) >= 2, f"expected ptxas to report the attention and the merge kernel, got:\n{log}"
+    assert all(frame == ("0", "0", "0") for frame in frames), log
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_instructions(spec: jit.Spec) -> None:
+    sass = cuobjdump("-sass", jit.build(jit.library(spec)) / "lib.so")
+    product = "HMMA.16816.F32.BF16" if spec.dtype == "bf16" else "HMMA.16816.F32 "
+    assert f"arch = sm_{spec.arch}" in sass
+    assert product in sass, "no tensor core instruction"
+    assert re.search(r"LDGSTS\.E\S*\.128", sass), "no 16-byte asynchronous copy"
+    local = re.findall(r"\b(?:LDL|STL)\b\S*", sass)
+    assert not local, f"local memory in use: {len(local)} accesses"
