@@ -1,0 +1,99 @@
+"""The device planner's text, run by host threads: the host planner's bytes. The same on a GPU: test_plan_gpu.py."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fi_backend import env, jit
+from fi_backend.plan import Planner
+from plans import Setup, arrays, batch_of, setups
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    target = tmp_path_factory.mktemp("emulate") / "plan.so"
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{jit.csrc()}"]
+    subprocess.run([env.host_compiler(), *flags, HERE / "emulate" / "plan.cpp", "-o", target], check=True)
+    return ctypes.CDLL(str(target))
+
+
+def plan_as_device(emulator: ctypes.CDLL, planner: Planner, batch: Any, seed: int) -> None:
+    emulator.set_seed(seed)
+    function, error = (ctypes.cast(f, ctypes.c_void_p).value for f in (emulator.fi_plan, emulator.fi_error))
+    jit.core().plan_device(planner._config, planner._buffer, batch.qo_indptr, batch.kv_len, function, error)
+
+
+def check_same_bytes(emulator: ctypes.CDLL, s: Setup, seed: int, **capacity: Any) -> None:
+    host, device = s.planner(**capacity), s.planner(**capacity)
+    host._buffer.fill_(0xAB), device._buffer.fill_(0xAB)
+    host.plan(s.batch())
+    plan_as_device(emulator, device, s.batch(), seed)
+    assert torch.equal(host._buffer, device._buffer)
+
+
+@given(setups(batch_invariant=None), st.integers(0, 2**31))
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_same_bytes(emulator: ctypes.CDLL, s: Setup, seed: int) -> None:
+    check_same_bytes(emulator, s, seed)
+
+
+LARGE = {
+    "requests beyond a round": Setup((1,) * 1100 + (0, 7) * 20, (70,) * 1140, workers=264),
+    "segments beyond shared memory": Setup((1, 9000, 1, 7000, 0), (3000, 9000, 5, 10000, 1), group=2, workers=132),
+    "rounds and shared memory": Setup((0, 3, 11) * 900, (11, 300, 50) * 900, workers=512, kv_heads=3),
+    "chunks of a long request": replace(
+        Setup((1, 3, 20), (60000, 7, 800), kv_heads=2, workers=100, tile_kv=1), batch_invariant=True
+    ),
+    "chunks beyond shared memory": replace(
+        Setup((1,) * 40, tuple(range(50, 40050, 1000)), workers=264, tile_kv=2), batch_invariant=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_same_bytes_of_large_batches(emulator: ctypes.CDLL, name: str) -> None:
+    s = LARGE[name]
+    check_same_bytes(emulator, s, 1)
+    check_same_bytes(emulator, s, 2, max_requests=5000, max_tokens=50000)
+
+
+def test_same_bytes_at_capacity(emulator: ctypes.CDLL) -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(5):
+        q_lens = tuple(rng.multinomial(2000, rng.dirichlet(np.full(64, 0.3))))
+        check_same_bytes(emulator, Setup(q_lens, tuple(rng.integers(0, 5000, 64)), 2, 3, 264), seed)
+
+
+def test_lengths_beyond_the_capacity_leave_an_empty_plan(emulator: ctypes.CDLL) -> None:
+    s = Setup((4, 1), (100, 50))
+    planner = s.planner()
+    for q_lens in ((2**20, 1), (400, 1), (1, 2**30)):
+        plan = planner.plan(s.batch())
+        guard = plan.items[len(arrays(plan).items) :].clone()
+        plan_as_device(emulator, planner, batch_of(q_lens, (100, 50)), seed=0)
+        assert len(arrays(plan).items) == 0 and (plan.worker_indptr == 0).all()
+        assert torch.equal(plan.items[-len(guard) :], guard) or not len(guard)
+        with pytest.raises(RuntimeError, match="max_tokens 5 .* more than .* row tiles"):
+            plan.check()
+
+
+def test_nonsense_on_the_device_counts_as_nothing(emulator: ctypes.CDLL) -> None:
+    s = Setup((4, 1, 3), (100, 50, 9))
+    planner = s.planner()
+    plan = planner.plan(s.batch())
+    batch = batch_of((4, -2, 3), (100, 50, -9))  # qo_indptr decreases, a length is negative
+    plan_as_device(emulator, planner, batch, seed=0)
+    plan.check()
+    assert set(arrays(plan).items[:, 0]) == {0, 2}
