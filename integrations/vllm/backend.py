@@ -39,7 +39,7 @@ class FiAttentionBackend(AttentionBackend):
         # single-token pages cost more to read than they save.
         return [MultipleOf(16)]
 
-    # KV cache, vLLM <= 0.28. Logical [blocks, kv_heads, block_size, 2 * head_size]; strides are read at run time.
+    # KV cache, vLLM <= 0.28: logical [blocks, kv_heads, block_size, 2 * head_size], strides read when used.
     @staticmethod
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, *args: Any, **kwargs: Any
@@ -59,7 +59,7 @@ class FiAttentionBackend(AttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> None:
         """vLLM >= 0.29: None, any layout is fine and none is preferred."""
-        return None
+        return None  # noqa: RET501
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

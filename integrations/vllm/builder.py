@@ -1,8 +1,8 @@
-"""Once per step and cache group: engine tables in, one plan out. Nothing here reads a device value on the host.
+"""Once per step and cache group: engine tables in, one plan out. No device value is read on the host.
 
 Groups whose plans have equal inputs share a planner and its buffers: the first of them plans, the others take
-that plan with their own page table. Captured graphs hold the addresses of those buffers, and every step writes
-its plan into them, on the current stream, before the replay.
+that plan with their own page table. Captured graphs hold the addresses of those buffers, and every step
+writes its plan into them, on the current stream, before the replay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .limits import check_engine, refuse
 
 
 class FiMetadata(AttentionMetadata):
-    """What one step hands to the layers of a group. Mutable and open: vLLM's wrappers set attributes on it."""
+    """What one step hands to the layers of a group. Open: vLLM's wrappers set attributes on it."""
 
     def __init__(
         self, plan: fi_backend.Plan, shared: SharedPlanner, slot_mapping: torch.Tensor, num_actual_tokens: int
@@ -39,8 +39,8 @@ class FiMetadata(AttentionMetadata):
     def plan_for_layer(self) -> fi_backend.Plan:
         if self._step != self._shared.step:
             raise RuntimeError(
-                f"fi_backend: the plan of step {self._step} was overwritten by step {self._shared.step} before "
-                "its layers ran: two cache groups that share a planner got different lengths in one step"
+                f"fi_backend: plan {self._step} was overwritten by plan {self._shared.step} before its layers "
+                "ran: two cache groups that share a planner got different lengths in one step"
             )
         return self.plan
 
@@ -58,7 +58,9 @@ class SharedPlanner:
         self._lengths: tuple[Any, Any] = (None, None)  # held, so that an id is never reused
         self._served: set[int] = set()
 
-    def plan(self, builder: int, batch: fi_backend.BlockSparse, common: CommonAttentionMetadata) -> fi_backend.Plan:
+    def plan(
+        self, builder: int, batch: fi_backend.BlockSparse, common: CommonAttentionMetadata
+    ) -> fi_backend.Plan:
         """The plan of this step. A builder that already has the current one is in a new step: it plans again.
 
         Both runners make new views of the lengths in every step, so the same objects mean the same step; the
@@ -100,8 +102,8 @@ def _shared_planner(layer_names: list[str], key: tuple[Any, ...], options: dict[
 
 
 class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
-    # Grid, buffers and kernel depend on capacities only, so a graph captured with query lengths of 1 serves any
-    # split of its tokens over requests.
+    # Grid, buffers and kernel depend on capacities only, so a graph captured with query lengths of 1 serves
+    # any split of its tokens over requests.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
     reorder_batch_threshold: int | None = None
     supports_update_block_table: bool = False
@@ -121,14 +123,16 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
         check_engine(vllm_config, kv_cache_spec, layers)
         kernels.load()
         model = vllm_config.model_config
+        q_heads = {layer.num_heads for layer in layers}
         max_requests, max_tokens = _capacity(vllm_config)
         options = {
-            "q_heads": layers[0].num_heads if layers else model.get_num_attention_heads(vllm_config.parallel_config),
+            "q_heads": q_heads.pop()
+            if q_heads
+            else model.get_num_attention_heads(vllm_config.parallel_config),
             "kv_heads": kv_cache_spec.num_kv_heads,
             "head_dim": kv_cache_spec.head_size,
             "max_requests": max_requests,
             "max_tokens": max_tokens,
-            "max_kv_len": model.max_model_len,
             "causal": True,
             # Only a window of the cache spec holds for every layer of the group; a full-attention group may
             # contain windowed layers, which mask by their own variant.

@@ -86,7 +86,7 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
         if cache is not self._cache:
             if cache.dim() != 4 or cache.shape[3] != 2 * self.head_size:
                 raise ValueError(
-                    f"expected a packed KV cache [blocks, {self.num_kv_heads}, block_size, {2 * self.head_size}], "
+                    f"expected a packed KV cache [blocks, kv_heads, block_size, {2 * self.head_size}], "
                     f"got {list(cache.shape)}"
                 )
             self._cache, self._kv = cache, fi_backend.KVCache.packed(cache)

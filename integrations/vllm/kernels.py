@@ -1,4 +1,4 @@
-"""Kernels of this worker's layers: compilation starts when a layer is made and runs beside the weight loading."""
+"""Kernels of this worker's layers: building starts when a layer is made, beside the weight loading."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def start(device: torch.device, dtype: torch.dtype, head_dim: int, variant: Variant) -> None:
-    """Compile what a layer needs unless that began already. Raises ValueError for a spec no executor takes."""
+    """Build what a layer needs unless that began already. Raises ValueError for a spec no executor takes."""
     global _pool
     spec = jit.Spec(jit.arch_of(device), jit.DTYPES[dtype], head_dim, head_dim, variant)
     with _lock:
@@ -32,7 +32,7 @@ def start(device: torch.device, dtype: torch.dtype, head_dim: int, variant: Vari
 
 
 def load() -> None:
-    """Wait for everything started, then load it: no step and no graph capture opens a library. Raises BuildError."""
+    """Wait for every build, then load it: no step, no graph capture opens a library. Raises BuildError."""
     with _lock:
         specs, builds = list(_specs), list(_builds.values())
     for build in builds:

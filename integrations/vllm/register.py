@@ -32,7 +32,6 @@ def register() -> None:
 
 def _say_once(line: str) -> None:
     # vLLM's worker and inspection processes inherit the environment, so only the first process speaks
-    if os.environ.setdefault(env.ANNOUNCED, str(os.getpid())) != str(os.getpid()) or _say_once.__dict__.get("said"):
-        return
-    _say_once.__dict__["said"] = True
-    print(line, file=sys.stderr, flush=True)
+    if env.ANNOUNCED not in os.environ:
+        os.environ[env.ANNOUNCED] = "1"
+        print(line, file=sys.stderr, flush=True)

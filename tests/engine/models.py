@@ -72,7 +72,9 @@ class Model:
             # Gemma's norms store the difference from one
             return torch.zeros(self.hidden) if self.gemma else torch.ones(self.hidden)
 
-        yield "model.embed_tokens.weight", torch.randn(VOCAB, self.hidden, generator=generator)
+        # Gemma scales its embeddings up and reads its logits with them: large ones would echo the last token
+        scale = 0.01 if self.gemma else 1.0
+        yield "model.embed_tokens.weight", scale * torch.randn(VOCAB, self.hidden, generator=generator)
         norms = ["input_layernorm", "post_attention_layernorm"]
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if self.gemma else []
         wide = 2 * self.hidden
@@ -114,7 +116,7 @@ MODELS = {
 
 
 def write(name: str, root: Path) -> Path:
-    """Model folder root/name: config.json, generation_config.json and weights. No tokenizer: prompts are ids."""
+    """Model folder root/name with weights and configuration. No tokenizer: prompts are token ids."""
     from safetensors.torch import save_file
 
     folder = root / name

@@ -1,9 +1,9 @@
 """A process that serves jobs with vLLM on the CPU, one engine after another, and prints one line of JSON.
 
-Input (stdin): [{"name", "model", "engine": {...}, "rounds": [[prompt ids, ...], ...], "max_tokens", "layer": {...}}].
-Each round is one batch on the same engine. "layer" overrides constructor arguments of our attention layers: the
-negative controls. Output: {name: {"tokens": [round][request][token], "cached": prompt tokens found in the prefix
-cache, "plans": how many plans our builders wrote, "seconds"}}.
+Input (stdin): [{"name", "model", "engine": {}, "rounds": [[prompt ids, ...], ...], "max_tokens", "layer"}].
+Each round is one batch on the same engine. "layer" overrides constructor arguments of our attention layers:
+the negative controls. Output: {name: {"tokens": [round][request][token], "cached": prompt tokens found in the
+prefix cache, "plans": how many plans our builders wrote, "seconds"}}.
 """
 
 from __future__ import annotations

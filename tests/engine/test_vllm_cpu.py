@@ -83,7 +83,7 @@ def serve(jobs: list[dict[str, Any]], **environment: str) -> dict[str, Any]:
         timeout=600,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith(run_vllm.MARK)]
-    assert done.returncode == 0 and lines, f"engine process ended with {done.returncode}: {done.stdout[-2000:]}"
+    assert done.returncode == 0 and lines, f"the engine ended with {done.returncode}: {done.stdout[-2000:]}"
     results: dict[str, Any] = json.loads(lines[-1][len(run_vllm.MARK) :])
     return results
 
