@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Bound:
-    """A plan as C++ sees it, and the executors it was run with. Lives and dies with its plan."""
+    """A plan as C++ sees it. Lives and dies with its plan."""
 
     storage: torch.Tensor  # a BoundPlan: raw pointers into tensors that the plan keeps alive
     arch: int
     scale: float
     debug: bool
     call: Any
-    executors: dict[tuple[Variant, torch.dtype], jit.Executor] = field(default_factory=dict)
+    executors: dict[tuple[Variant, torch.dtype], jit.Executor]  # the planner's: plans come and go with every step
 
 
 def _bind(plan: Plan) -> _Bound:
     planner, batch, core = plan.planner, plan.batch, jit.core()
     arch = jit.arch_of(planner.device)
-    tiles, compiled = planner.tiles, tuple(core.plan_tiles(arch, planner.head_dim, planner.head_dim_vo))[:3]
+    tiles, compiled = planner.tiles, tuple(core.plan_tiles(arch, planner.head_dim_qk, planner.head_dim_vo))[:3]
     if (tiles.q_wide, tiles.q_narrow, tiles.kv) != compiled:
         raise ValueError(
             f"expected tiles of {compiled} (q_wide, q_narrow, kv: what the executor is compiled for), "
@@ -57,10 +57,10 @@ def _bind(plan: Plan) -> _Bound:
         tiles.workers,
         planner.kv_heads,
         planner.q_heads // planner.kv_heads,
-        planner.head_dim,
+        planner.head_dim_qk,
         planner.head_dim_vo,
     )
-    bound = _Bound(storage, arch, planner.head_dim**-0.5, env.debug(), core.run)
+    bound = _Bound(storage, arch, planner.head_dim_qk**-0.5, env.debug(), core.run, planner.__dict__.setdefault("_executors", {}))
     plan.__dict__["_bound"] = bound  # a cache: the plan itself stays frozen
     return bound
 
@@ -75,7 +75,7 @@ def _load(plan: Plan, bound: _Bound, variant: Variant, dtype: torch.dtype) -> ji
         raise ValueError(f"expected a variant with WINDOW (the plan kept {planner.window} keys a row), got {variant}")
     if dtype not in jit.DTYPES:
         raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
-    spec = jit.Spec(bound.arch, jit.DTYPES[dtype], planner.head_dim, planner.head_dim_vo, variant)
+    spec = jit.Spec(bound.arch, jit.DTYPES[dtype], planner.head_dim_qk, planner.head_dim_vo, variant)
     found = bound.executors[variant, dtype] = jit.executor(spec)
     return found
 

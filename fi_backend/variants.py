@@ -73,6 +73,7 @@ class Variant:
         self.features = ordered
         self.args = args
         self.name = "+".join(key) or "FULL"
+        self._names = {a.name for a in args}
         self._struct = struct.Struct("<" + "".join(_FORMATS[a.kind] for a in args))
         return cls._interned.setdefault(key, self)
 
@@ -94,7 +95,7 @@ class Variant:
         """The bytes of the generated struct Args. Raises ValueError on unknown, missing or ill-shaped arguments."""
         if not self.args and not values:
             return b""
-        if values.keys() != {a.name for a in self.args}:
+        if values.keys() != self._names:
             self._complain(values)
         return self._struct.pack(*[_slot(self, a, values[a.name], q_heads, device) for a in self.args])
 

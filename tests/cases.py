@@ -93,7 +93,7 @@ def _tables(case: Case, owned: list[list[int]], device: torch.device) -> dict[st
         slots = block[:, :, None] * case.page_size + torch.arange(case.page_size, dtype=torch.int32)
         pool = torch.zeros(2 * len(owned) + 1, width * case.page_size, dtype=torch.int32)
         rows = torch.arange(2 * len(owned) - 1, -1, -2, dtype=torch.int64)
-        pool[rows] = slots.reshape(len(owned), -1)
+        pool[rows] = slots.flatten(1)
         return {
             "req_to_token": pool.to(device),
             "rows": rows.to(device, torch.int64 if case.table == "token64" else torch.int32),

@@ -28,7 +28,7 @@ def planner_for(inputs: Inputs, workers: int | None = None, **changes: Any) -> P
         head_dim_vo=kv.head_dim_vo,
         max_requests=max(len(case.q_lens), 1),
         max_tokens=max(inputs.tokens, 1),
-        max_kv_len=max(case.kv_lens, default=1),
+        max_kv_len=max(1, *case.kv_lens, 1),
         causal=CAUSAL in inputs.variant,
         window=inputs.variant_args.get("window"),
         device=kv.device,
@@ -91,3 +91,38 @@ def check_repeats(case: Case, device: str = "cpu", times: int = 20) -> None:
         again = run_inputs(plan, inputs)
         n = inputs.tokens
         assert all(torch.equal(a[:n], b[:n]) for a, b in zip(first, again, strict=True)), "two runs differ"
+
+
+def check_upper_bound(case: Case, device: str = "cpu", **planner: Any) -> None:
+    """Planned with longer kv_len than the true one, as under asynchronous scheduling."""
+    inputs = make(case, device)
+    longer = make(replace(case, kv_lens=tuple(n + 150 * (i % 2) + 3 for i, n in enumerate(case.kv_lens))), device)
+    true = inputs.batch.kv_len.clone()
+    inputs.batch.kv_len.copy_(longer.batch.kv_len)
+    plan = planner_for(longer, **planner).plan(inputs.batch)
+    inputs.batch.kv_len.copy_(true)
+    poison(plan)
+    compare(inputs, *run_inputs(plan, inputs))
+
+
+def check_batch_invariance(case: Case, device: str = "cpu") -> None:
+    """Each request alone gives the bits that it gives in the batch."""
+    inputs = make(case, device)
+    planner = planner_for(inputs, batch_invariant=True)
+    out, lse = run_inputs(planner.plan(inputs.batch), inputs)
+    begin = 0
+    for request, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
+        alone = make(replace(case, q_lens=(q_len,), kv_lens=(kv_len,), extra_tokens=0), device)
+        rows = slice(begin, begin + q_len)
+        pages = replace(
+            inputs.batch,
+            qo_indptr=alone.batch.qo_indptr,
+            kv_len=alone.batch.kv_len,
+            table=inputs.batch.table[request:],
+        )
+        alone.q, alone.kv, alone.batch = inputs.q[rows], inputs.kv, pages
+        small_planner = planner_for(alone, workers=3, batch_invariant=True)
+        small = run_inputs(small_planner.plan(pages), alone)
+        for whole, part in zip((out, lse), small, strict=True):
+            assert torch.equal(whole[rows], part), f"request {request} differs when alone"
+        begin += q_len

@@ -1,0 +1,45 @@
+"""The lists of cases that every executor is tested on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cases import Case
+
+# decode, one token and one key, a chunk, nothing at all, a whole prompt, a row without keys, more queries than keys
+MIXED = Case((1, 1, 5, 0, 33, 1, 130, 9), (300, 1, 70, 40, 33, 0, 200, 4))
+LONG = Case((1, 40, 1), (1700, 500, 17))  # split over many workers
+
+HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (192, 192), (256, 256), (192, 128), (16, 240))
+GROUPS = (1, 3, 4, 7, 8, 16, 32, 128)
+PAGES = ((1, "NHD", "token"), (3, "HND", "csr"), (16, "packed", "block"), (64, "padded", "token64"), (256, "HND", "csr64"))
+VARIANTS = (
+    "FULL",
+    "CAUSAL",
+    "WINDOW",
+    "CAUSAL+WINDOW",
+    "CAUSAL+SOFT_CAP",
+    "CAUSAL+ALIBI",
+    "CAUSAL+SINKS",
+    "FULL+ALIBI",
+    "FULL+SINKS",
+    "CAUSAL+WINDOW+SINKS",
+    "CAUSAL+WINDOW+SOFT_CAP",
+    "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS",
+)
+
+SHAPES = [
+    *(replace(MIXED, head_dim=qk, head_dim_vo=vo, seed=qk) for qk, vo in HEAD_DIMS),
+    *(replace(MIXED, q_heads=g * n, kv_heads=n, seed=g) for g in GROUPS for n in (1 if g == 128 else 2,)),
+    *(replace(MIXED, page_size=p, layout=layout, table=table) for p, layout, table in PAGES),
+    *(replace(LONG, page_size=p, layout=layout, table=table) for p, layout, table in PAGES),
+    replace(LONG, dtype="f16"),
+    replace(LONG, dtype="f16", head_dim=128, q_heads=32, kv_heads=8),
+    replace(MIXED, q_lens=(), kv_lens=()),
+    replace(MIXED, q_lens=(0, 0), kv_lens=(0, 7)),
+    replace(MIXED, q_lens=(0, 3), kv_lens=(0, 0)),
+]
+FUNCTIONS = [
+    *(replace(case, variant=v, seed=i) for i, v in enumerate(VARIANTS) for case in (MIXED, LONG)),
+    *(replace(LONG, variant="CAUSAL+WINDOW", window=w) for w in (1, 64, 10_000)),
+]
