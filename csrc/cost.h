@@ -19,6 +19,7 @@ constexpr int32_t kWidestTile = kWideTileCost > kNarrowTileCost ? kWideTileCost 
 constexpr int32_t kUncutCost = kItemCost + (2 * kMinTiles - 1) * kWidestTile;
 
 // Two cuts inside one tile then lie at least kMinTiles apart: numbering relies on their being distinct.
-static_assert(kMinTiles >= 1 && kMinSlice >= kMinTiles * kWidestTile, "slices may not be shorter than a piece");
+static_assert(kMinTiles >= 1 && kMinSlice >= kMinTiles * kWidestTile,
+              "slices may not be shorter than a piece");
 
 }  // namespace fi

@@ -1,8 +1,9 @@
 // The planner's arithmetic, shared by the host and the device planner so that they cannot drift.
 //
-// The row tiles of one KV head ("segments") are laid end to end, each as long as its cost; kv_heads copies of that
-// line follow each other. Worker w owns [w * slice, (w + 1) * slice). A cut inside a segment falls between two KV
-// tiles and splits it. Every number of an item or merge is a closed form of the cuts, so all can be written at once.
+// The row tiles of one KV head ("segments") are laid end to end, each as long as its cost; kv_heads copies of
+// that line follow each other. Worker w owns [w * slice, (w + 1) * slice). A cut inside a segment falls
+// between two KV tiles and splits it. Every number of an item or merge is a closed form of the cuts, so all
+// can be written at once.
 #pragma once
 #include "cost.h"
 #include "params.h"
@@ -10,19 +11,22 @@
 namespace fi {
 
 constexpr int32_t kMaxKvLen = 1 << 30;  // tokens; keeps tile arithmetic within int32
-constexpr int32_t kMaxWorkers = 512;     // one thread of the device planner each
+constexpr int32_t kMaxWorkers = 512;    // one thread of the device planner each
 
 FI_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FI_HD int64_t at_least(int64_t x, int64_t floor) { return x < floor ? floor : x; }
 FI_HD int64_t at_most(int64_t x, int64_t limit) { return x > limit ? limit : x; }
 
 // Index of the last of n ascending values that is <= x. values[0] <= x must hold.
-template <class T> FI_HD int32_t last_not_above(const T* values, int32_t n, T x) {
+template <class T>
+FI_HD int32_t last_not_above(const T* values, int32_t n, T x) {
   int32_t low = 0, high = n;
   while (high - low > 1) {
     int32_t middle = low + (high - low) / 2;
-    if (values[middle] <= x) low = middle;
-    else high = middle;
+    if (values[middle] <= x)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }
@@ -152,7 +156,8 @@ FI_HD WorkItem make_item(const PlanParams& p, const Segment& s, int32_t head, in
                          int32_t slot) {
   int32_t flags = (s.wide ? kWideTile : 0) | (begin == 0 && s.chunk == 0 ? kFirstPiece : 0);
   int32_t origin = s.tile_begin;
-  return {s.request, s.row_begin, head, (origin + begin) * p.tile_kv, (origin + end) * p.tile_kv, slot, flags, 0};
+  return {s.request, s.row_begin, head, (origin + begin) * p.tile_kv, (origin + end) * p.tile_kv,
+          slot,      flags,       0};
 }
 
 FI_HD WorkItem make_merge(const Segment& s, int32_t head, int32_t first_slot, int32_t end_slot) {

@@ -96,8 +96,8 @@ class Planner:
 
     max_requests and max_tokens (query tokens of a batch) are capacities. max_kv_len is needed when
     batch_invariant, otherwise it only bounds what the host planner accepts. window: keys (q - window, q] are
-    planned for, None for all. workspace: any contiguous tensor of at least workspace_bytes on the device, for the
-    partial states of split tiles; planners whose attention never overlaps may share one.
+    planned for, None for all. workspace: any contiguous tensor of at least workspace_bytes on the device, for
+    the partial states of split tiles; planners whose attention never overlaps may share one.
     Raises ValueError for numbers that make no sense or do not fit.
     """
 
@@ -173,7 +173,7 @@ class Planner:
 
     @property
     def workspace_bytes(self) -> int:
-        """Device bytes for partial states, whatever the group size: slots * q_wide * (head_dim_vo + 1) floats."""
+        """Bytes for partial states: max_slots * q_wide * (head_dim_vo + 1) floats, whatever the group size."""
         return self._lse_offset + self._states * 4
 
     @property
@@ -193,11 +193,15 @@ class Planner:
             workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
         found = workspace.numel() * workspace.element_size()
         if workspace.device != self.device or not workspace.is_contiguous():
-            raise ValueError(f"expected a contiguous workspace on {self.device}, got one on {workspace.device}")
+            raise ValueError(
+                f"expected a contiguous workspace on {self.device}, got one on {workspace.device}"
+            )
         if found < wanted:
             raise ValueError(f"expected a workspace of at least {wanted} bytes, got {found}")
         if workspace.data_ptr() % 16:
-            raise ValueError(f"expected the workspace aligned to 16 bytes, got {workspace.data_ptr() % 16} past")
+            raise ValueError(
+                f"expected the workspace aligned to 16 bytes, got {workspace.data_ptr() % 16} past"
+            )
         memory = workspace.view(-1).view(torch.uint8)
         slots, rows, dim = self.layout.max_slots, self.tiles.q_wide, self.head_dim_vo
         partial_o = memory[: self._states * dim * 4].view(torch.float32).view(slots, rows, dim)
@@ -214,11 +218,11 @@ class Planner:
     ) -> Plan:
         """Plans this batch, into the same buffers as the last plan.
 
-        on="device": where the batch's own lengths lie; on a GPU without synchronising, on the current stream, and
-        capturable. on="host": from qo_indptr_cpu [R + 1] and kv_len_cpu [R] int32, copied to the GPU on the
-        current stream. kv_len may be an upper bound of the true length, qo_indptr must be exact.
-        Raises ValueError or TypeError for lengths of the wrong shape, dtype or device, and, where they are read on
-        the host, for lengths beyond the capacities. On a GPU those give an empty plan (see Plan.check).
+        on="device": where the batch's own lengths lie; on a GPU without synchronising, on the current stream,
+        and capturable. on="host": from qo_indptr_cpu [R + 1] and kv_len_cpu [R] int32, copied to the GPU on
+        the current stream. kv_len may be an upper bound of the true length, qo_indptr must be exact.
+        Raises ValueError or TypeError for lengths of the wrong shape, dtype or device, and, where they are
+        read on the host, for lengths beyond the capacities. On a GPU those give an empty plan (see Plan.check).
         """
         if on not in ("device", "host"):
             raise ValueError(f'expected on="device" or on="host", got {on!r}')
@@ -256,7 +260,7 @@ class Planner:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A planned batch: what `run` takes. Its buffers are the planner's, valid until the planner plans again."""
+    """A planned batch: what `run` takes. Its buffers are the planner's, valid until that plans again."""
 
     planner: Planner
     batch: BlockSparse
@@ -273,7 +277,7 @@ class Plan:
 
     @property
     def items(self) -> torch.Tensor:
-        """[max_items, 8] int32: request, row_begin, kv_head, kv_begin, kv_end (tokens), slot, flags, level."""
+        """[max_items, 8] int32: request, row_begin, kv_head, kv_begin, kv_end, slot, flags, level."""
         return self.planner.items
 
     @property
@@ -292,19 +296,23 @@ class Plan:
         return self.planner.partial_lse
 
     def rebind(self, batch: BlockSparse) -> Plan:
-        """The same work items over another page table. Lengths must be equal; on a GPU only their number is checked."""
+        """The same work items over another page table. Its lengths must be equal (on a GPU: only their number
+        is checked)."""
         if batch.num_requests != self.batch.num_requests:
-            raise ValueError(f"expected a batch of {self.batch.num_requests} requests, got {batch.num_requests}")
+            raise ValueError(
+                f"expected a batch of {self.batch.num_requests} requests, got {batch.num_requests}"
+            )
         if batch.device != self.batch.device:
             raise ValueError(f"expected a batch on {self.batch.device}, got {batch.device}")
         if batch.device.type == "cpu" and not (
-            torch.equal(batch.qo_indptr, self.batch.qo_indptr) and torch.equal(batch.kv_len, self.batch.kv_len)
+            torch.equal(batch.qo_indptr, self.batch.qo_indptr)
+            and torch.equal(batch.kv_len, self.batch.kv_len)
         ):
             raise ValueError("expected a batch of the planned lengths, got other qo_indptr or kv_len")
         return Plan(self.planner, batch)
 
     def check(self) -> None:
-        """Waits for the plan. Raises RuntimeError if the batch's lengths exceeded the planner's capacities."""
+        """Waits for the plan. Raises RuntimeError if its lengths exceeded the planner's capacities."""
         if self.header[8].item():
             p = self.planner
             raise RuntimeError(

@@ -1,7 +1,8 @@
-"""Batches as values, plans as arrays, and the promises of a plan as checks: for the host and the device planner."""
+"""Batches as values, plans as arrays, and the promises of a plan as checks."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,19 +40,19 @@ class Setup:
         return {True: self.q_wide, False: self.q_narrow}
 
     def planner(self, device: str = "cpu", **changes: Any) -> Planner:
-        arguments: dict[str, Any] = dict(
-            q_heads=self.kv_heads * self.group,
-            kv_heads=self.kv_heads,
-            head_dim=16,
-            max_requests=self.max_requests or max(len(self.q_lens), 1),
-            max_tokens=self.max_tokens or max(sum(self.q_lens), 1),
-            max_kv_len=self.max_kv_len or (max((*self.kv_lens, 1)) if self.batch_invariant else None),
-            causal=self.causal,
-            window=self.window,
-            batch_invariant=self.batch_invariant,
-            device=device,
-            tiles=Tiles(self.q_wide, self.q_narrow, self.tile_kv, self.workers),
-        )
+        arguments: dict[str, Any] = {
+            "q_heads": self.kv_heads * self.group,
+            "kv_heads": self.kv_heads,
+            "head_dim": 16,
+            "max_requests": self.max_requests or max(len(self.q_lens), 1),
+            "max_tokens": self.max_tokens or max(sum(self.q_lens), 1),
+            "max_kv_len": self.max_kv_len or (max((*self.kv_lens, 1)) if self.batch_invariant else None),
+            "causal": self.causal,
+            "window": self.window,
+            "batch_invariant": self.batch_invariant,
+            "device": device,
+            "tiles": Tiles(self.q_wide, self.q_narrow, self.tile_kv, self.workers),
+        }
         return Planner(**(arguments | changes))
 
     def batch(self, device: str = "cpu") -> BlockSparse:
@@ -74,17 +75,17 @@ def setups(draw: st.DrawFn, batch_invariant: bool | None = False, **fixed: Any) 
     q_len = st.one_of(st.just(0), st.just(1), st.integers(2, 40))
     lengths = draw(st.lists(st.tuples(q_len, st.one_of(st.integers(0, 30), st.integers(0, 400))), max_size=8))
     invariant = draw(st.booleans()) if batch_invariant is None else batch_invariant
-    drawn: dict[str, Any] = dict(
-        q_lens=tuple(q for q, _ in lengths),
-        kv_lens=tuple(k for _, k in lengths),
-        kv_heads=draw(st.integers(1, 3)),
-        group=draw(st.integers(1, 9)),
-        workers=draw(st.one_of(st.integers(1, 8), st.integers(1, 80))),
-        tile_kv=draw(st.sampled_from((1, 2, 4, 8))),
-        causal=draw(st.booleans()),
-        window=draw(st.one_of(st.none(), st.integers(1, 60))),
-        batch_invariant=invariant,
-    )
+    drawn: dict[str, Any] = {
+        "q_lens": tuple(q for q, _ in lengths),
+        "kv_lens": tuple(k for _, k in lengths),
+        "kv_heads": draw(st.integers(1, 3)),
+        "group": draw(st.integers(1, 9)),
+        "workers": draw(st.one_of(st.integers(1, 8), st.integers(1, 80))),
+        "tile_kv": draw(st.sampled_from((1, 2, 4, 8))),
+        "causal": draw(st.booleans()),
+        "window": draw(st.one_of(st.none(), st.integers(1, 60))),
+        "batch_invariant": invariant,
+    }
     return Setup(**(drawn | fixed))
 
 
@@ -130,7 +131,7 @@ def allowed(s: Setup, q_len: int, kv_len: int) -> np.ndarray:
 def check_cover(s: Setup, plan: Arrays, true_kv_lens: tuple[int, ...] | None = None) -> None:
     """Every allowed (row, key) pair is read once, every row is written by someone.
 
-    Items are clamped as executors do: to the true kv_len and the variant's keys, and a first piece begins where the
+    Items are clamped as executors do: to the true kv_len and the variant's keys; a first piece begins where the
     variant says even below its kv_begin.
     """
     kv_lens = s.kv_lens if true_kv_lens is None else true_kv_lens
@@ -150,12 +151,14 @@ def check_cover(s: Setup, plan: Arrays, true_kv_lens: tuple[int, ...] | None = N
         reads[request, head][rows, begin:end] += 1
     for (request, head), count in reads.items():
         mask = allowed(s, s.q_lens[request], kv_lens[request])
-        assert (count[mask] == 1).all(), f"request {request} head {head}: {np.argwhere((count != 1) & mask)[:3]}"
+        assert (count[mask] == 1).all(), (
+            f"request {request} head {head}: {np.argwhere((count != 1) & mask)[:3]}"
+        )
         assert (first_pieces[request, head] == 1).all()
 
 
 def check_numbering(s: Setup, plan: Arrays) -> None:
-    """Items belong to workers in order; split tiles own consecutive slots in key order, and one merge each."""
+    """Items belong to workers in order; split tiles own consecutive slots in key order and one merge each."""
     assert plan.worker_indptr[0] == 0 and plan.worker_indptr[-1] == len(plan.items)
     assert (np.diff(plan.worker_indptr) >= 0).all()
     tiles: dict[tuple[int, int, int], list[tuple[int, int, int, int]]] = {}
@@ -170,7 +173,7 @@ def check_numbering(s: Setup, plan: Arrays) -> None:
             assert slots == [-1] and key not in merges, "a tile that is not split writes the output directly"
             continue
         assert pieces == sorted(pieces)
-        assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
         assert slots == list(range(slots[0], slots[0] + len(slots)))
         assert merges.pop(key) == [*key, slots[0], slots[-1] + 1, -1, pieces[0][3] & WIDE, 0]
         used += slots

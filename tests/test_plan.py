@@ -9,9 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import (
+    FIRST,
+    Setup,
+    arrays,
+    batch_of,
+    check_cover,
+    check_numbering,
+    item_costs,
+    setups,
+    worker_loads,
+)
 
 from fi_backend.plan import Planner, Tiles, cost_model
-from plans import FIRST, Setup, arrays, batch_of, check_cover, check_numbering, item_costs, setups, worker_loads
 
 quick = settings(max_examples=80, deadline=None)
 
@@ -36,7 +46,11 @@ def test_right_for_every_length_below_the_planned_one(s: Setup, data: st.DataObj
 @quick
 def test_shapes_and_addresses_depend_on_capacity_only(s: Setup, other: Setup) -> None:
     q_lens, kv_lens = s.q_lens + other.q_lens, s.kv_lens + other.kv_lens
-    capacity = dict(max_requests=len(q_lens) or 1, max_tokens=sum(q_lens) or 1, max_kv_len=max((*kv_lens, 1)))
+    capacity = {
+        "max_requests": len(q_lens) or 1,
+        "max_tokens": sum(q_lens) or 1,
+        "max_kv_len": max((*kv_lens, 1)),
+    }
     planner = s.planner(**capacity)
 
     def buffers(plan: object) -> list[tuple[int, torch.Size]]:
@@ -113,7 +127,9 @@ def test_batch_invariance(s: Setup, rest: Setup, place: int) -> None:
     lengths = list(zip(rest.q_lens, rest.kv_lens, strict=True))
     own = list(zip(s.q_lens, s.kv_lens, strict=True))
     joined = lengths[:at] + own + lengths[at:]
-    crowd = replace(s, q_lens=tuple(q for q, _ in joined), kv_lens=tuple(k for _, k in joined), workers=rest.workers)
+    crowd = replace(
+        s, q_lens=tuple(q for q, _ in joined), kv_lens=tuple(k for _, k in joined), workers=rest.workers
+    )
     alone = arrays(s.planner().plan(s.batch()))
     together = arrays(crowd.planner().plan(crowd.batch()))
     check_cover(crowd, together)
@@ -127,13 +143,20 @@ def test_batch_invariance(s: Setup, rest: Setup, place: int) -> None:
 
 def test_workspace_is_exact_and_knows_no_group() -> None:
     tiles = Tiles(q_wide=64, q_narrow=16, kv=64, workers=264)
-    llama = dict(kv_heads=8, head_dim=128, max_requests=256, max_tokens=8192, device="cpu", tiles=tiles)
+    llama = {
+        "kv_heads": 8,
+        "head_dim": 128,
+        "max_requests": 256,
+        "max_tokens": 8192,
+        "device": "cpu",
+        "tiles": tiles,
+    }
     slots = 2 * (264 - 1)
     for group in (1, 4, 16):
         planner = Planner(q_heads=8 * group, **llama)
         assert planner.layout.max_slots == slots
         assert planner.workspace_bytes == slots * 64 * (128 + 1) * 4
-    decode = Planner(q_heads=32, **(llama | dict(max_tokens=256)))
+    decode = Planner(q_heads=32, **(llama | {"max_tokens": 256}))
     assert decode.plan_bytes + decode.workspace_bytes < 20e6  # 256 requests, any context length
 
 
@@ -205,16 +228,19 @@ BASE = Setup((2, 1), (30, 9))
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(q_heads=5, kv_heads=2), "q_heads a multiple of kv_heads, got 5 and 2"),
-        (dict(max_requests=0), "max_requests from 1 to"),
-        (dict(max_tokens=0), "max_tokens from 1 to"),
-        (dict(max_tokens=2**31), "max_tokens from 1 to"),
-        (dict(max_kv_len=0), "max_kv_len of at least 1 token"),
-        (dict(window=0), "window of at least 1 token"),
-        (dict(batch_invariant=True), "needs max_kv_len"),
-        (dict(tiles=Tiles(64, 16, 64, 0)), "workers from 1 to 512, got 0"),
-        (dict(tiles=Tiles(16, 64, 64, 4)), "tiles.q_narrow from 0 to 16, got 64"),
-        (dict(kv_heads=1 << 20, q_heads=1 << 20, max_tokens=1 << 12, max_requests=1 << 12), "fewer than 2\\^28 work items"),
+        ({"q_heads": 5, "kv_heads": 2}, "q_heads a multiple of kv_heads, got 5 and 2"),
+        ({"max_requests": 0}, "max_requests from 1 to"),
+        ({"max_tokens": 0}, "max_tokens from 1 to"),
+        ({"max_tokens": 2**31}, "max_tokens from 1 to"),
+        ({"max_kv_len": 0}, "max_kv_len of at least 1 token"),
+        ({"window": 0}, "window of at least 1 token"),
+        ({"batch_invariant": True}, "needs max_kv_len"),
+        ({"tiles": Tiles(64, 16, 64, 0)}, "workers from 1 to 512, got 0"),
+        ({"tiles": Tiles(16, 64, 64, 4)}, "tiles.q_narrow from 0 to 16, got 64"),
+        (
+            {"kv_heads": 1 << 20, "q_heads": 1 << 20, "max_tokens": 1 << 12, "max_requests": 1 << 12},
+            "fewer than 2\\^28 work items",
+        ),
     ],
 )
 def test_configurations_that_are_refused(changes: dict, words: str) -> None:
@@ -240,4 +266,6 @@ def test_batches_that_are_refused() -> None:
 
 def test_show_names_the_counts() -> None:
     s = Setup((1,), (1000,), workers=2)
-    assert s.planner().plan(s.batch()).show().startswith("2 items of 1 row tiles, 2 partial states, 1 merges;")
+    assert (
+        s.planner().plan(s.batch()).show().startswith("2 items of 1 row tiles, 2 partial states, 1 merges;")
+    )

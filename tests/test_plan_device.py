@@ -1,4 +1,4 @@
-"""The device planner's text, run by host threads: the host planner's bytes. The same on a GPU: test_plan_gpu.py."""
+"""The device planner's text, run by host threads, against the host planner's bytes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plans import Setup, arrays, batch_of, setups
 
 from fi_backend import env, jit
 from fi_backend.plan import Planner
-from plans import Setup, arrays, batch_of, setups
 
 HERE = Path(__file__).resolve().parent
 
@@ -51,7 +51,9 @@ def test_same_bytes(emulator: ctypes.CDLL, s: Setup, seed: int) -> None:
 
 LARGE = {
     "requests beyond a round": Setup((1,) * 1100 + (0, 7) * 20, (70,) * 1140, workers=264),
-    "segments beyond shared memory": Setup((1, 9000, 1, 7000, 0), (3000, 9000, 5, 10000, 1), group=2, workers=132),
+    "segments beyond shared memory": Setup(
+        (1, 9000, 1, 7000, 0), (3000, 9000, 5, 10000, 1), group=2, workers=132
+    ),
     "rounds and shared memory": Setup((0, 3, 11) * 900, (11, 300, 50) * 900, workers=512, kv_heads=3),
     "chunks of a long request": replace(
         Setup((1, 3, 20), (60000, 7, 800), kv_heads=2, workers=100, tile_kv=1), batch_invariant=True
@@ -85,7 +87,7 @@ def test_lengths_beyond_the_capacity_leave_an_empty_plan(emulator: ctypes.CDLL) 
         plan_as_device(emulator, planner, batch_of(q_lens, (100, 50)), seed=0)
         assert len(arrays(plan).items) == 0 and (plan.worker_indptr == 0).all()
         assert torch.equal(plan.items[-len(guard) :], guard) or not len(guard)
-        with pytest.raises(RuntimeError, match="max_tokens 5 .* more than .* row tiles"):
+        with pytest.raises(RuntimeError, match=r"max_tokens 5 .* more than .* row tiles"):
             plan.check()
 
 

@@ -15,8 +15,8 @@ struct PlanConfig {
   int64_t max_kv_len;  // tokens, 0: unbounded (not when batch invariant)
 };
 
-// Capacities, and byte offsets into the plan buffer (64-byte aligned). Items come last, so that a plan made on the
-// host reaches the device in one copy that ends with its last item.
+// Capacities, and byte offsets into the plan buffer (64-byte aligned). Items come last, so that a plan made
+// on the host reaches the device in one copy that ends with its last item.
 struct PlanLayout {
   int64_t max_segments, max_items, max_slots, max_merges;
   int64_t worker_indptr, merges, segment_start, segment_request, segment_tile, chunk_slot, chunk_merge, items;
@@ -27,11 +27,12 @@ struct PlanLayout {
 PlanLayout plan_layout(const PlanConfig& config);
 
 // Throws std::invalid_argument when lengths decrease, are negative or exceed the planner's capacities.
-void check_lengths(const PlanConfig& config, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests);
+void check_lengths(const PlanConfig& config, const int32_t* qo_indptr, const int32_t* kv_len,
+                   int32_t num_requests);
 
 // buffer: layout.bytes, 64-byte aligned, where the planner runs
-PlanParams plan_params(const PlanConfig& config, const PlanLayout& layout, char* buffer, const int32_t* qo_indptr,
-                       const int32_t* kv_len, int32_t num_requests);
+PlanParams plan_params(const PlanConfig& config, const PlanLayout& layout, char* buffer,
+                       const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests);
 
 // Writes what csrc/smxx/plan.cu writes, byte for byte. Nothing past the counts of the header is touched.
 void plan_host(const PlanParams& params);

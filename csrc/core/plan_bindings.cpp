@@ -17,7 +17,8 @@ using tvm::ffi::Shape;
 
 constexpr DLDataType kInt32{kDLInt, 32, 1};
 
-template <class Struct> Shape numbers_of(const Struct& fields) {
+template <class Struct>
+Shape numbers_of(const Struct& fields) {
   static_assert(sizeof(Struct) % sizeof(int64_t) == 0);
   int64_t numbers[sizeof(Struct) / sizeof(int64_t)];
   std::memcpy(numbers, &fields, sizeof fields);
@@ -33,7 +34,8 @@ PlanConfig config_of(const Shape& numbers) {
   return config;
 }
 
-template <class F> auto as_value_error(F&& f) {
+template <class F>
+auto as_value_error(F&& f) {
   try {
     return f();
   } catch (const std::invalid_argument& error) {
@@ -93,8 +95,8 @@ int64_t plan_on_host(const Shape& numbers, TensorView buffer, TensorView qo_indp
   return layout.items + int64_t(p.header->items) * int64_t(sizeof(WorkItem));
 }
 
-// function, error_text: addresses of fi_plan and fi_error in the smxx library. Lengths are not checked: they are
-// the device's; a plan that does not fit is empty and says so in its header.
+// function, error_text: addresses of fi_plan and fi_error in the smxx library. Lengths are not checked: they
+// are the device's; a plan that does not fit is empty and says so in its header.
 void plan_on_device(const Shape& numbers, TensorView buffer, TensorView qo_indptr, TensorView kv_len,
                     int64_t function, int64_t error_text) {
   PlanConfig config = config_of(numbers);

@@ -2,13 +2,14 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "schedule.h"
 #include "plan.h"
+#include "schedule.h"
 
 namespace fi {
 namespace {
 
-template <class... T> void require(bool holds, const T&... words) {
+template <class... T>
+void require(bool holds, const T&... words) {
   if (holds) return;
   std::ostringstream text;
   (text << ... << words);
@@ -33,7 +34,8 @@ void check_config(const PlanConfig& c) {
   require_between("max_tokens", c.max_tokens, 1, kAny);
   require_between("max_kv_len", c.max_kv_len, 0, kMaxKvLen);
   require(c.chunk_tiles == 0 || c.max_kv_len > 0, "batch_invariant=True needs max_kv_len, got none");
-  require(c.max_tokens * c.group <= kAny, "expected max_tokens * group below 2^31, got ", c.max_tokens, " * ", c.group);
+  require(c.max_tokens * c.group <= kAny, "expected max_tokens * group below 2^31, got ", c.max_tokens, " * ",
+          c.group);
 }
 
 // Chunks that the keys of one narrow tile can touch; they lie on multiples of the chunk.
@@ -66,8 +68,9 @@ PlanLayout plan_layout(const PlanConfig& c) {
     l.max_slots = c.workers - 1 + l.max_merges;
     l.max_items = l.max_segments * c.kv_heads + c.workers - 1;
   }
-  require(l.max_items <= INT32_MAX / 8 && l.max_slots <= INT32_MAX, "expected fewer than 2^28 work items, got up to ",
-          l.max_items, ": lower max_tokens, max_requests or max_kv_len");
+  require(l.max_items <= INT32_MAX / 8 && l.max_slots <= INT32_MAX,
+          "expected fewer than 2^28 work items, got up to ", l.max_items,
+          ": lower max_tokens, max_requests or max_kv_len");
 
   int64_t end = 0;
   auto section = [&end](int64_t bytes) {
@@ -89,16 +92,18 @@ PlanLayout plan_layout(const PlanConfig& c) {
   return l;
 }
 
-void check_lengths(const PlanConfig& c, const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests) {
+void check_lengths(const PlanConfig& c, const int32_t* qo_indptr, const int32_t* kv_len,
+                   int32_t num_requests) {
   int64_t limit = c.max_kv_len > 0 ? c.max_kv_len : kMaxKvLen;
   for (int32_t r = 0; r < num_requests; ++r) {
-    require(qo_indptr[r] <= qo_indptr[r + 1], "expected qo_indptr not to decrease, got ", qo_indptr[r], " then ",
-            qo_indptr[r + 1], " at request ", r);
+    require(qo_indptr[r] <= qo_indptr[r + 1], "expected qo_indptr not to decrease, got ", qo_indptr[r],
+            " then ", qo_indptr[r + 1], " at request ", r);
     require(kv_len[r] >= 0 && kv_len[r] <= limit, "expected kv_len from 0 to ", limit, ", got ", kv_len[r],
             " at request ", r);
   }
   int64_t tokens = int64_t(qo_indptr[num_requests]) - qo_indptr[0];
-  require(tokens <= c.max_tokens, "expected at most ", c.max_tokens, " query tokens (max_tokens), got ", tokens);
+  require(tokens <= c.max_tokens, "expected at most ", c.max_tokens, " query tokens (max_tokens), got ",
+          tokens);
 }
 
 PlanParams plan_params(const PlanConfig& c, const PlanLayout& l, char* buffer, const int32_t* qo_indptr,

@@ -1,7 +1,7 @@
 // The planner on the GPU: one CTA, no host synchronisation, the bytes of csrc/core/plan.cpp.
 //
-// Lengths -> segments of one KV head and their cost line -> cuts between workers -> items and merges. Each phase ends
-// at a barrier; within a phase threads are independent but for block-wide scans.
+// Lengths -> segments of one KV head and their cost line -> cuts between workers -> items and merges. Each
+// phase ends at a barrier; within a phase threads are independent but for block-wide scans.
 #include "plan.cuh"
 
 #include <cuda_runtime.h>

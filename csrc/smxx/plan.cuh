@@ -6,9 +6,10 @@ namespace fi::smxx {
 
 constexpr int kSharedSegments = 1536;  // longer cost lines are searched in global memory
 
-// Exclusive prefix sum over the block; every thread gets the sum of all in *sum. Ends at a barrier, so sums may be
-// used again at once.
-template <int kThreads> __device__ __forceinline__ int64_t scan(int64_t x, int64_t* sums, int64_t* sum) {
+// Exclusive prefix sum over the block; every thread gets the sum of all in *sum. Ends at a barrier, so sums
+// may be used again at once.
+template <int kThreads>
+__device__ __forceinline__ int64_t scan(int64_t x, int64_t* sums, int64_t* sum) {
   constexpr int kWarps = kThreads / 32;
   static_assert(kWarps >= 1 && kWarps <= 32, "the sums of all warps are added by one warp");
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -42,7 +43,8 @@ __device__ __forceinline__ void store(WorkItem* to, const WorkItem& item) {
   words[1] = make_int4(item.kv_end, item.slot, item.flags, item.level);
 }
 
-template <int kThreads> struct PlanShared {
+template <int kThreads>
+struct PlanShared {
   int64_t sums[32];
   int64_t start[kSharedSegments + 1];
   int32_t request[kSharedSegments];
@@ -56,7 +58,8 @@ template <int kThreads> struct PlanShared {
 
 // Segments of one KV head, kThreads requests a round and kThreads segments at a time.
 template <int kThreads>
-__device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThreads>& shared, bool* overflow) {
+__device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThreads>& shared,
+                                           bool* overflow) {
   int tid = threadIdx.x;
   int64_t segments = 0, cost = 0, chunked = 0;
   for (int32_t r0 = 0; r0 < p.num_requests; r0 += kThreads) {
@@ -163,8 +166,9 @@ __device__ __forceinline__ void plan_block(const PlanParams& p, PlanShared<kThre
       if (chunk_merge(p, line, i, &merge, &index)) store(p.merges + index, merge);
     } else {
       int32_t worker = last_not_above(shared.indptr, p.workers, i);
-      store(p.items + i, item_between(p, line, shared.cut[worker], shared.count[worker], shared.cut[worker + 1],
-                                      shared.count[worker + 1], i - shared.indptr[worker]));
+      store(p.items + i,
+            item_between(p, line, shared.cut[worker], shared.count[worker], shared.cut[worker + 1],
+                         shared.count[worker + 1], i - shared.indptr[worker]));
     }
   }
 }

@@ -1,7 +1,7 @@
 // One CTA on the host: its threads are fibers of one host thread, run in random order between barriers.
 //
-// Warps and the block have real barriers, so a kernel that lacks one reads what was not written yet. Only what the
-// planner needs: one block, shuffles by whole warps.
+// Warps and the block have real barriers, so a kernel that lacks one reads what was not written yet. Only
+// what the planner needs: one block, shuffles by whole warps.
 #pragma once
 #include <ucontext.h>
 
