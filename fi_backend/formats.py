@@ -42,7 +42,9 @@ class KVCache:
             if x.dtype not in DTYPES:
                 raise TypeError(f"expected {name} of bfloat16, float16 or float32, got {x.dtype}")
             if x.stride(3) != 1 and x.shape[3] != 1:
-                raise ValueError(f"expected {name} with a contiguous head_dim, got strides {list(x.stride())}")
+                raise ValueError(
+                    f"expected {name} with a contiguous head_dim, got strides {list(x.stride())}"
+                )
         if k.shape[:3] != v.shape[:3]:
             raise ValueError(
                 f"expected k and v of the same pages, page_size and kv_heads, got {list(k.shape)} and {list(v.shape)}"

@@ -24,13 +24,18 @@ class _Bound:
     scale: float
     debug: bool
     call: Any
-    executors: dict[tuple[Variant, torch.dtype], jit.Executor]  # the planner's: plans come and go with every step
+    executors: dict[
+        tuple[Variant, torch.dtype], jit.Executor
+    ]  # the planner's: plans come and go with every step
 
 
 def _bind(plan: Plan) -> _Bound:
     planner, batch, core = plan.planner, plan.batch, jit.core()
     arch = jit.arch_of(planner.device)
-    tiles, compiled = planner.tiles, tuple(core.plan_tiles(arch, planner.head_dim_qk, planner.head_dim_vo))[:3]
+    tiles, compiled = (
+        planner.tiles,
+        tuple(core.plan_tiles(arch, planner.head_dim_qk, planner.head_dim_vo))[:3],
+    )
     if (tiles.q_wide, tiles.q_narrow, tiles.kv) != compiled:
         raise ValueError(
             f"expected tiles of {compiled} (q_wide, q_narrow, kv: what the executor is compiled for), "
@@ -60,7 +65,14 @@ def _bind(plan: Plan) -> _Bound:
         planner.head_dim_qk,
         planner.head_dim_vo,
     )
-    bound = _Bound(storage, arch, planner.head_dim_qk**-0.5, env.debug(), core.run, planner.__dict__.setdefault("_executors", {}))
+    bound = _Bound(
+        storage,
+        arch,
+        planner.head_dim_qk**-0.5,
+        env.debug(),
+        core.run,
+        planner.__dict__.setdefault("_executors", {}),
+    )
     plan.__dict__["_bound"] = bound  # a cache: the plan itself stays frozen
     return bound
 
@@ -72,7 +84,9 @@ def _load(plan: Plan, bound: _Bound, variant: Variant, dtype: torch.dtype) -> ji
     if planner.causal and CAUSAL not in variant:
         raise ValueError(f"expected a causal variant (the plan dropped keys after each row), got {variant}")
     if planner.window is not None and WINDOW not in variant:
-        raise ValueError(f"expected a variant with WINDOW (the plan kept {planner.window} keys a row), got {variant}")
+        raise ValueError(
+            f"expected a variant with WINDOW (the plan kept {planner.window} keys a row), got {variant}"
+        )
     if dtype not in jit.DTYPES:
         raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
     spec = jit.Spec(bound.arch, jit.DTYPES[dtype], planner.head_dim_qk, planner.head_dim_vo, variant)

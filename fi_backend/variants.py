@@ -55,6 +55,8 @@ class Variant:
     features: tuple[Feature, ...]
     args: tuple[Argument, ...]
     name: str
+    _names: set[str]
+    _struct: struct.Struct
     _interned: dict[tuple[str, ...], Variant] = {}
 
     def __new__(cls, *features: Feature) -> Variant:
@@ -66,7 +68,9 @@ class Variant:
         if len({a.name for a in args}) != len(args):
             raise ValueError(f"variant {'+'.join(key)}: two features share an argument name")
         if len(args) > MAX_ARGS:
-            raise ValueError(f"variant {'+'.join(key)}: expected at most {MAX_ARGS} arguments, got {len(args)}")
+            raise ValueError(
+                f"variant {'+'.join(key)}: expected at most {MAX_ARGS} arguments, got {len(args)}"
+            )
         if sum(f.sink is not None for f in ordered) > 1:
             raise ValueError(f"variant {'+'.join(key)}: expected at most one sink")
         self = super().__new__(cls)
@@ -113,7 +117,9 @@ class Variant:
 def _slot(variant: Variant, arg: Argument, value: Any, q_heads: int, device: torch.device) -> Any:
     if arg.kind == "tensor":
         if not isinstance(value, torch.Tensor):
-            raise TypeError(f"variant {variant.name}: expected {arg.name} to be a tensor, got {type(value).__name__}")
+            raise TypeError(
+                f"variant {variant.name}: expected {arg.name} to be a tensor, got {type(value).__name__}"
+            )
         if value.shape != (q_heads,) or value.dtype != torch.float32 or not value.is_contiguous():
             raise ValueError(
                 f"variant {variant.name}: expected {arg.name} contiguous float32 [{q_heads}] (q heads), "
@@ -155,21 +161,26 @@ ALIBI = Variant(
         "ALIBI",
         "fi::Alibi",
         (Argument("alibi_slopes", "tensor"),),
-        logits=lambda x, q_pos, kv_pos, *, alibi_slopes, **_: x
-        + alibi_slopes[:, None, None].to(x.dtype) * (kv_pos[None, :] - q_pos[:, None]).to(x.dtype),
+        logits=lambda x, q_pos, kv_pos, *, alibi_slopes, **_: (
+            x + alibi_slopes[:, None, None].to(x.dtype) * (kv_pos[None, :] - q_pos[:, None]).to(x.dtype)
+        ),
     )
 )
-SINKS = Variant(Feature("SINKS", "fi::Sinks", (Argument("sinks", "tensor"),), sink=lambda *, sinks, **_: sinks))
+SINKS = Variant(
+    Feature("SINKS", "fi::Sinks", (Argument("sinks", "tensor"),), sink=lambda *, sinks, **_: sinks)
+)
 
 BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS)}
 
 
 def parse(name: str) -> Variant:
-    """"CAUSAL+WINDOW" -> CAUSAL + WINDOW. Raises ValueError for a name that is not built in."""
-    parts = [BUILT_IN.get(part.strip().upper()) for part in name.split("+")]
-    if None in parts:
-        raise ValueError(f"expected a variant made of {', '.join(BUILT_IN)} joined by +, got {name!r}")
-    return reduce(Variant.__add__, parts)  # type: ignore[arg-type]
+    """ "CAUSAL+WINDOW" -> CAUSAL + WINDOW. Raises ValueError for a name that is not built in."""
+    result = FULL
+    for part in name.upper().split("+"):
+        if part.strip() not in BUILT_IN:
+            raise ValueError(f"expected a variant made of {', '.join(BUILT_IN)} joined by +, got {name!r}")
+        result += BUILT_IN[part.strip()]
+    return result
 
 
 def compose(*, causal: bool, window: bool, soft_cap: bool, alibi: bool, sinks: bool) -> Variant:

@@ -42,7 +42,9 @@ class Case:
         dims = f"{self.head_dim}x{self.head_dim_vo or self.head_dim}"
         lens = f"{len(self.q_lens)}r{sum(self.q_lens)}q{sum(self.kv_lens)}k"
         heads = f"{self.q_heads}h{self.kv_heads}"
-        return f"{lens}-{heads}-{dims}-{self.dtype}-p{self.page_size}-{self.layout}-{self.table}-{self.variant}"
+        return (
+            f"{lens}-{heads}-{dims}-{self.dtype}-p{self.page_size}-{self.layout}-{self.table}-{self.variant}"
+        )
 
 
 @dataclass
@@ -86,7 +88,9 @@ def _tables(case: Case, owned: list[list[int]], device: torch.device) -> dict[st
     for row, pages in enumerate(owned):
         block[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
     if case.table == "block":
-        wide = torch.zeros(len(owned) + 1, width + 3, dtype=torch.int32)  # rows lie further apart than they are long
+        wide = torch.zeros(
+            len(owned) + 1, width + 3, dtype=torch.int32
+        )  # rows lie further apart than they are long
         wide[: len(owned), :width] = block
         return {"block_table": wide.to(device)[:, :width]}
     if case.table.startswith("token"):
@@ -100,7 +104,10 @@ def _tables(case: Case, owned: list[list[int]], device: torch.device) -> dict[st
         }
     indptr = torch.tensor([0, *itertools.accumulate(map(len, owned))])
     indices = torch.tensor([0, *itertools.chain(*owned)], dtype=torch.int32).to(device)[1:]
-    return {"indptr": indptr.to(device, torch.int64 if case.table == "csr64" else torch.int32), "indices": indices}
+    return {
+        "indptr": indptr.to(device, torch.int64 if case.table == "csr64" else torch.int32),
+        "indices": indices,
+    }
 
 
 _CONSTRUCTORS = {
@@ -134,7 +141,9 @@ def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
 
     tokens = sum(case.q_lens) + case.extra_tokens
     # an engine's q is a slice of the fused projection: rows lie further apart than they are long
-    q = torch.full((tokens, case.q_heads + 2, case.head_dim), POISON, dtype=dtype, device=device)[:, : case.q_heads]
+    q = torch.full((tokens, case.q_heads + 2, case.head_dim), POISON, dtype=dtype, device=device)[
+        :, : case.q_heads
+    ]
     q[: sum(case.q_lens)] = normal(sum(case.q_lens), case.q_heads, case.head_dim)
     out = torch.full((tokens, case.q_heads, kv.head_dim_vo), POISON, dtype=dtype, device=device)
     lse = torch.full((tokens, case.q_heads), POISON, dtype=torch.float32, device=device)

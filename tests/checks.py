@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 import reference
+import torch
 from cases import Case, Inputs, make
+
 from fi_backend import Plan, Planner, Tiles, run
 from fi_backend.variants import CAUSAL
 
-# beyond twice the error of torch in the same precision: half an ulp of an output near 1, and float32 noise
-ATOL = {"bf16": 2**-9, "f16": 2**-12, "f32": 2e-6}
+# beyond twice the error of torch in the same precision: where that happens to be exact, we need not be
+ATOL = {"bf16": 1e-4, "f16": 2e-5, "f32": 2e-6}
 
 
 def planner_for(inputs: Inputs, workers: int | None = None, **changes: Any) -> Planner:
@@ -96,7 +96,9 @@ def check_repeats(case: Case, device: str = "cpu", times: int = 20) -> None:
 def check_upper_bound(case: Case, device: str = "cpu", **planner: Any) -> None:
     """Planned with longer kv_len than the true one, as under asynchronous scheduling."""
     inputs = make(case, device)
-    longer = make(replace(case, kv_lens=tuple(n + 150 * (i % 2) + 3 for i, n in enumerate(case.kv_lens))), device)
+    longer = make(
+        replace(case, kv_lens=tuple(n + 150 * (i % 2) + 3 for i, n in enumerate(case.kv_lens))), device
+    )
     true = inputs.batch.kv_len.clone()
     inputs.batch.kv_len.copy_(longer.batch.kv_len)
     plan = planner_for(longer, **planner).plan(inputs.batch)

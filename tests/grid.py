@@ -10,9 +10,25 @@ from cases import Case
 MIXED = Case((1, 1, 5, 0, 33, 1, 130, 9), (300, 1, 70, 40, 33, 0, 200, 4))
 LONG = Case((1, 40, 1), (1700, 500, 17))  # split over many workers
 
-HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (192, 192), (256, 256), (192, 128), (16, 240))
+HEAD_DIMS = (
+    (64, 64),
+    (80, 80),
+    (96, 96),
+    (112, 112),
+    (128, 128),
+    (192, 192),
+    (256, 256),
+    (192, 128),
+    (16, 240),
+)
 GROUPS = (1, 3, 4, 7, 8, 16, 32, 128)
-PAGES = ((1, "NHD", "token"), (3, "HND", "csr"), (16, "packed", "block"), (64, "padded", "token64"), (256, "HND", "csr64"))
+PAGES = (
+    (1, "NHD", "token"),
+    (3, "HND", "csr"),
+    (16, "packed", "block"),
+    (64, "padded", "token64"),
+    (256, "HND", "csr64"),
+)
 VARIANTS = (
     "FULL",
     "CAUSAL",

@@ -38,7 +38,9 @@ def attend(
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One request: q [Tq, Hq, D], k [Tk, Hk, D], v [Tk, Hk, Dv] -> out [Tq, Hq, Dv], lse [Tq, Hq]."""
-    wide = torch.promote_types(dtype, torch.float32)  # logits and softmax of 16-bit eager attention are float32
+    wide = torch.promote_types(
+        dtype, torch.float32
+    )  # logits and softmax of 16-bit eager attention are float32
     group = q.shape[1] // k.shape[1]
     q, k, v = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
@@ -76,7 +78,11 @@ def attention(
     out = torch.zeros(offsets[-1], q.shape[1], kv.head_dim_vo, dtype=torch.float64, device=q.device)
     lse = torch.full((offsets[-1], q.shape[1]), -torch.inf, dtype=torch.float64, device=q.device)
     for request in range(batch.num_requests):
-        rows, pages, kv_len = slice(*offsets[request : request + 2]), pages_of(batch, request), int(batch.kv_len[request])
+        rows, pages, kv_len = (
+            slice(*offsets[request : request + 2]),
+            pages_of(batch, request),
+            int(batch.kv_len[request]),
+        )
         k, v = gather(kv.k, pages, kv_len), gather(kv.v, pages, kv_len)
         o, l = attend(q[rows], k, v, variant, args, scale, dtype)
         out[rows], lse[rows] = o.double(), l.double()

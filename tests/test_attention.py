@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import checks
 import hypothesis.strategies as st
 import pytest
+import reference
 import torch
+from cases import LAYOUTS, TABLES, Case, make
+from grid import FUNCTIONS, LONG, MIXED, SHAPES
 from hypothesis import HealthCheck, given, settings
 
-import checks
-import reference
-from cases import LAYOUTS, TABLES, Case, make
 from fi_backend import KVCache, run
-from grid import FUNCTIONS, LONG, MIXED, SHAPES
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
@@ -125,7 +125,9 @@ def test_cache_past_2_31_elements() -> None:
     inputs = make(replace(MIXED, q_lens=(3, 1), kv_lens=(20, 30)))
     small = inputs.kv
     assert small.num_pages == 6
-    k, v = (torch.as_strided(memory, (6, 16, 2, 64), (page // 2, token, 64, 1), start) for start in (0, 2**20))
+    k, v = (
+        torch.as_strided(memory, (6, 16, 2, 64), (page // 2, token, 64, 1), start) for start in (0, 2**20)
+    )
     k.copy_(small.k), v.copy_(small.v)
     inputs.kv = KVCache(k, v)
     assert k.stride(0) * 5 > 2**31

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from . import env
+from .. import env
 
 
 class BuildError(RuntimeError):
@@ -66,7 +66,9 @@ def _toolkit_root(cuda_home: str | None, path: str | None) -> Path:
         dry = subprocess.run([found, "--dryrun", "-c", "x.cu"], capture_output=True, text=True)
         if top := re.search(r"^#\$ TOP=(.*)$", dry.stderr + dry.stdout, re.M):
             return Path(top[1].strip()).resolve()
-    raise BuildError("no CUDA compiler: nvcc is neither under CUDA_HOME nor on PATH; install the CUDA toolkit")
+    raise BuildError(
+        "no CUDA compiler: nvcc is neither under CUDA_HOME nor on PATH; install the CUDA toolkit"
+    )
 
 
 def nvcc() -> str:

@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
-from . import env, toolchain
+from .. import env
+from ..variants import Variant
+from . import toolchain
 from .toolchain import BuildError, log
-from .variants import Variant
 
 CPU = 0  # kArchCpu in csrc/tiles.h
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
@@ -35,7 +36,7 @@ _C_TYPES = {"float": "float", "int": "int32_t", "tensor": "const float*"}
 
 
 def csrc() -> Path:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parent.parent
     for folder in (here / "csrc", here.parent / "csrc"):
         if (folder / "params.h").exists():
             return folder
@@ -56,12 +57,16 @@ class Spec:
         step = 8 if self.arch == CPU else 16
         for name, value in (("head_dim", self.head_dim_qk), ("head_dim_vo", self.head_dim_vo)):
             if not (0 < value <= 256 and value % step == 0):
-                raise ValueError(f"expected {name} to be a multiple of {step} from {step} to 256, got {value}")
+                raise ValueError(
+                    f"expected {name} to be a multiple of {step} from {step} to 256, got {value}"
+                )
         if self.arch != CPU:
             check_gpu_arch(self.arch)
         wanted = ("bf16", "f16", "f32") if self.arch == CPU else ("bf16", "f16")
         if self.dtype not in wanted:
-            raise ValueError(f"expected dtype {' or '.join(wanted)} on {arch_name(self.arch)}, got {self.dtype}")
+            raise ValueError(
+                f"expected dtype {' or '.join(wanted)} on {arch_name(self.arch)}, got {self.dtype}"
+            )
 
     def __str__(self) -> str:
         dims = f"{self.head_dim_qk}x{self.head_dim_vo}"
@@ -116,8 +121,14 @@ class Library:
         root = csrc()
         files = sorted(root.glob("*.h"))
         for folder in self.folders:
-            files += sorted(p for p in (root / folder).rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu"))
-        for part in (*self.identity, self.header, *(f"{p.relative_to(root)}\n{p.read_text()}" for p in files)):
+            files += sorted(
+                p for p in (root / folder).rglob("*") if p.suffix in (".h", ".cuh", ".cpp", ".cu")
+            )
+        for part in (
+            *self.identity,
+            self.header,
+            *(f"{p.relative_to(root)}\n{p.read_text()}" for p in files),
+        ):
             digest.update(part.encode() + b"\0")
         return digest.hexdigest()[:20]
 
@@ -301,13 +312,3 @@ def needed(specs: Iterable[Spec]) -> list[Library]:
     specs = list(dict.fromkeys(specs))
     arches = sorted({s.arch for s in specs} - {CPU})
     return [_core_library(), *(_smxx_library(a) for a in arches), *(library(s) for s in specs)]
-
-
-def main() -> int:
-    from .jit_cli import main as cli
-
-    return cli()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,146 @@
+"""Command line of the JIT: `compile` for other machines' GPUs, `warmup` for a model on this one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .. import env, jit
+from ..variants import parse
+from . import models, toolchain
+
+_PTXAS = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.S,
+)
+
+# (dtype, head_dim_qk, head_dim_vo, variant): what served models ask for
+COMMON = [
+    *(("bf16", d, d, "CAUSAL") for d in (64, 80, 96, 112, 128, 192, 256)),
+    ("bf16", 192, 128, "CAUSAL"),
+    ("f16", 64, 64, "CAUSAL"),
+    ("f16", 128, 128, "CAUSAL"),
+    ("bf16", 128, 128, "FULL"),
+    ("bf16", 128, 128, "CAUSAL+WINDOW"),
+    ("bf16", 256, 256, "CAUSAL+SOFT_CAP"),
+    ("bf16", 256, 256, "CAUSAL+WINDOW+SOFT_CAP"),
+    ("bf16", 128, 128, "CAUSAL+ALIBI"),
+    ("bf16", 64, 64, "CAUSAL+SINKS"),
+    ("bf16", 64, 64, "CAUSAL+WINDOW+SINKS"),
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fi_backend.jit", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_compile(commands.add_parser("compile", help="compile GPU kernels; needs nvcc, no GPU"))
+    _add_warmup(commands.add_parser("warmup", help="build what one model needs on this machine"))
+    args = parser.parse_args(argv)
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return int(args.run(args))
+    except (jit.BuildError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Compiles kernels into the cache and prints what ptxas says of each."
+    parser.add_argument("--arch", default="8.0,9.0a", help="comma-separated, default %(default)s")
+    parser.add_argument(
+        "--all-common", action="store_true", help=f"the {len(COMMON)} specs that served models use"
+    )
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[128], help="default 128")
+    parser.add_argument("--head-dim-vo", type=int, help="head dim of V, default --head-dim")
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=["bf16", "f16"], help="default bf16")
+    parser.add_argument("--variant", nargs="+", default=["CAUSAL"], help="like CAUSAL+WINDOW, default CAUSAL")
+    parser.add_argument("--fail-on-spill", action="store_true", help="exit 1 if a kernel spills registers")
+    parser.add_argument("--jobs", type=int, help="compilers at once, default one per CPU")
+    parser.set_defaults(run=_compile)
+
+
+def _arch(text: str) -> int:
+    found = re.fullmatch(r"(\d+)\.(\d)a?", text.strip())
+    if not found:
+        raise ValueError(f"expected --arch like 8.0,9.0a, got {text!r}")
+    return int(found[1]) * 10 + int(found[2])
+
+
+def _compile(args: argparse.Namespace) -> int:
+    wanted = (
+        COMMON
+        if args.all_common
+        else [
+            (dtype, d, args.head_dim_vo or d, variant)
+            for dtype in args.dtype
+            for d in args.head_dim
+            for variant in args.variant
+        ]
+    )
+    arches = [_arch(a) for a in args.arch.split(",")]
+    specs = [jit.Spec(a, t, qk, vo, parse(v)) for a in arches for t, qk, vo, v in wanted]
+    libs = [lib for lib in jit.needed(specs) if lib.name != "core"]
+    start = time.perf_counter()
+    folders = jit.build_all(libs, args.jobs)
+    spills = sum(_report(lib.label, folder) for lib, folder in zip(libs, folders, strict=True))
+    print(f"{len(libs)} libraries in {time.perf_counter() - start:.0f} s, {spills} kernels spill registers")
+    return 1 if spills and args.fail_on_spill else 0
+
+
+def _report(label: str, folder: Path) -> int:
+    """Prints one line per kernel, returns how many spill."""
+    spilling = 0
+    print(label)
+    for kernel in _PTXAS.finditer((folder / "build.log").read_text()):
+        spill = int(kernel["stores"]) + int(kernel["loads"])
+        spilling += spill > 0
+        smem = re.search(r"(\d+) bytes smem", kernel["rest"])
+        print(
+            f"  {_demangled(kernel['name']):60} {kernel['arch']:7} {kernel['registers']:>3} registers, "
+            f"{spill} bytes spilled, {smem[1] if smem else 0} bytes static smem"
+        )
+    return spilling
+
+
+def _demangled(symbol: str) -> str:
+    try:
+        text = subprocess.run(["c++filt", "-p", symbol], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return symbol
+    return text if text and len(text) <= 60 else (text or symbol)[:57] + "..."
+
+
+def _add_warmup(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Builds every library that serving this model on this machine needs."
+    parser.add_argument("--model", type=Path, required=True, help="folder with a Hugging Face config.json")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
+    parser.add_argument("--dtype", choices=list(jit.DTYPES.values()), help="default: the model's own")
+    parser.add_argument("--jobs", type=int, help="compilers at once, default one per CPU")
+    parser.set_defaults(run=_warmup)
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    config = args.model / "config.json" if args.model.is_dir() else args.model
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    specs = models.specs(json.loads(config.read_text()), jit.arch_of(device), args.dtype)
+    for spec in specs:
+        print(spec)
+    start = time.perf_counter()
+    jit.build_all(jit.needed(specs), args.jobs)
+    toolchain.log().info("ready in %.1f s: %s", time.perf_counter() - start, env.cache_dir())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
