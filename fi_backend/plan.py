@@ -173,7 +173,7 @@ class Planner:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes for partial states: max_slots * q_wide * (head_dim_vo + 1) floats, whatever the group size."""
+        """Bytes of partial states: max_slots * q_wide * (head_dim_vo + 1) floats, whatever the group."""
         return self._lse_offset + self._states * 4
 
     @property
@@ -222,7 +222,7 @@ class Planner:
         and capturable. on="host": from qo_indptr_cpu [R + 1] and kv_len_cpu [R] int32, copied to the GPU on
         the current stream. kv_len may be an upper bound of the true length, qo_indptr must be exact.
         Raises ValueError or TypeError for lengths of the wrong shape, dtype or device, and, where they are
-        read on the host, for lengths beyond the capacities. On a GPU those give an empty plan (see Plan.check).
+        read on the host, for lengths beyond the capacities. On a GPU those give an empty plan: Plan.check.
         """
         if on not in ("device", "host"):
             raise ValueError(f'expected on="device" or on="host", got {on!r}')

@@ -131,8 +131,8 @@ def allowed(s: Setup, q_len: int, kv_len: int) -> np.ndarray:
 def check_cover(s: Setup, plan: Arrays, true_kv_lens: tuple[int, ...] | None = None) -> None:
     """Every allowed (row, key) pair is read once, every row is written by someone.
 
-    Items are clamped as executors do: to the true kv_len and the variant's keys; a first piece begins where the
-    variant says even below its kv_begin.
+    Items are clamped as executors do: to the true kv_len and the variant's keys; a first piece begins where
+    the variant says even below its kv_begin.
     """
     kv_lens = s.kv_lens if true_kv_lens is None else true_kv_lens
     reads = {
