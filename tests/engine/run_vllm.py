@@ -16,10 +16,11 @@ import time
 from typing import Any
 
 MARK = "RESULT "
+BLOCK = 32  # vLLM 0.32's own CPU attention takes multiples of this
 ENGINE = {
     "dtype": "float32",
     "enforce_eager": True,
-    "block_size": 16,
+    "block_size": BLOCK,
     "max_model_len": 512,
     "max_num_batched_tokens": 64,  # longer prompts are prefilled in chunks, beside decodes
     "max_num_seqs": 8,

@@ -64,6 +64,8 @@ def job(name: str, root: Path, scenario: str, layer: dict[str, Any] | None = Non
 
 def serve(jobs: list[dict[str, Any]], **environment: str) -> dict[str, Any]:
     """Runs the jobs in one fresh process. stderr goes to the terminal, so a slow start is not silent."""
+    # drafting imports numba, and with that in the process vLLM 0.32 cannot start another engine
+    jobs = sorted(jobs, key=lambda j: "speculative_config" in j["engine"])
     base = {k: v for k, v in os.environ.items() if not k.startswith("FI_BACKEND")}
     quiet = {
         "HF_HUB_OFFLINE": "1",
@@ -114,7 +116,7 @@ def test_greedy_tokens_equal_native(scenario: str, native: dict[str, Any], ours:
 
 def test_the_prefix_cache_was_used(ours: dict[str, Any]) -> None:
     # the second round finds the full pages of the shared prefix twice
-    assert ours["prefix caching"]["cached"] >= 2 * (len(SHARED) // 16) * 16
+    assert ours["prefix caching"]["cached"] >= 2 * (len(SHARED) // run_vllm.BLOCK) * run_vllm.BLOCK
 
 
 @pytest.mark.parametrize("control", CONTROLS)
