@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from environment import ROOT, SetupError, Ticker, make, vllm_environment
+from environment import ROOT, RUN_ENVIRONMENT, SetupError, Ticker, make, vllm_environment
 
 MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
 NOT_YET = {"sglang": "the SGLang plugin is not written yet, use --engine vllm"}
@@ -56,7 +56,7 @@ def main() -> None:
     command = [str(python), "-m", "fi_backend.launch", "--model", str(model)]
     command += ["--port", str(args.port)] if args.port else ["--prompt", args.prompt]
     command += ["--max-tokens", str(args.max_tokens)]
-    os.execv(python, command)
+    os.execve(python, command, RUN_ENVIRONMENT)
 
 
 if __name__ == "__main__":

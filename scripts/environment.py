@@ -30,7 +30,7 @@ CPU_ENGINE_NEEDS = """
     cachetools cbor2 cloudpickle einops fastapi<0.137 jsonschema llguidance>=1.7,<1.8 mistral_common[image]
     msgspec openai openai-harmony partial-json-parser pillow prometheus_client py-cpuinfo pybase64 pydantic
     pyyaml pyzmq sentencepiece tiktoken aiohttp uvloop numba prometheus-fastapi-instrumentator setproctitle
-    python-multipart compressed-tensors==0.17.0
+    python-multipart compressed-tensors==0.17.0 uvicorn watchfiles model-hosting-container-standards
 """.split()
 MODEL_NEEDS = ["gguf==0.19.0", "safetensors", "tokenizers"]
 SASS_TOOLS = ["nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"]
@@ -48,8 +48,8 @@ def _load(path: Path) -> ModuleType:
 Ticker = _load(ROOT / "fi_backend" / "progress.py").Ticker
 
 
-# Threads that wait by spinning starve the others when a machine is shared: measured 2 tokens a second against 20
-# with one other process on two cores. Read when the OpenMP runtime is loaded, so it must come from outside.
+# Threads that wait by spinning starve each other when a machine is shared: measured 2 tokens a second against
+# 20 with other processes on two cores. Read when the OpenMP runtime is loaded, so it comes from outside.
 RUN_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
 
 

@@ -42,3 +42,9 @@ def load() -> None:
         jit.executor(spec)
         if spec.arch != jit.CPU:
             jit.smxx(spec.arch)
+
+
+def loaded() -> list[str]:
+    """Executors of this process's layers, in words."""
+    with _lock:
+        return sorted(map(str, _specs))

