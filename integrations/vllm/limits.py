@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 MIN_CAPABILITY = 8
 # Exact names: a subclass of these specs (sink, reference window, quantised, ...) is another kind of cache.
 _CACHE_SPECS = ("FullAttentionSpec", "SlidingWindowSpec")
-_UNSET = (None, False, -1)
 
 
 def refuse(reason: str) -> None:
@@ -43,8 +40,13 @@ def check_layer(
     if attn_type != "decoder":
         refuse(f"expected decoder attention, got {attn_type}")
     for name, value in extra.items():
-        if isinstance(value, torch.Tensor) or value not in _UNSET:
+        if not _unset(value):
             refuse(f"layer argument {name}={value!r} is not supported")
+
+
+def _unset(value: Any) -> bool:
+    """-1 is how vLLM says "off" of a number; 0 is a number."""
+    return value is None or value is False or (isinstance(value, int) and value == -1)
 
 
 def check_engine(config: Any, spec: Any, layers: list[Any]) -> None:

@@ -1,0 +1,208 @@
+"""The vLLM adapter without an engine: what it refuses, when it plans, what it must never touch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from fi_backend.vllm import builder, limits
+from fi_backend.vllm.backend import FiAttentionBackend
+
+import fi_backend
+
+pytestmark = pytest.mark.engine
+
+LAYER: dict[str, Any] = {
+    "head_size": 64,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "kv_cache_dtype": "auto",
+    "attn_type": "decoder",
+    "on_cpu": True,
+    "extra": {},
+}
+BAD_LAYERS = [
+    ({"kv_cache_dtype": "fp8_e4m3"}, "got fp8_e4m3"),
+    ({"attn_type": "encoder_only"}, "got encoder_only"),
+    ({"attn_type": "encoder_decoder"}, "got encoder_decoder"),
+    ({"head_size": 512}, "got 512"),
+    ({"head_size": 72, "on_cpu": False}, "got 72"),
+    ({"num_heads": 5}, "got 5"),
+    ({"extra": {"use_alibi_sqrt": True}}, "use_alibi_sqrt"),
+    ({"extra": {"chunk_lookback": 0}}, "chunk_lookback"),
+    ({"extra": {"something_new": torch.zeros(1)}}, "something_new"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD_LAYERS, ids=[r for _, r in BAD_LAYERS])
+def test_a_layer_we_cannot_serve_is_refused_with_the_reason(change: dict[str, Any], reason: str) -> None:
+    limits.check_layer(**LAYER)
+    with pytest.raises(NotImplementedError, match=re.escape(reason)):
+        limits.check_layer(**{**LAYER, **change})
+
+
+def test_unset_extras_are_accepted() -> None:
+    limits.check_layer(**{**LAYER, "extra": {"use_alibi_sqrt": False, "chunk_lookback": -1, "x": None}})
+
+
+class FullAttentionSpec(SimpleNamespace):
+    """Named as vLLM's: the adapter takes specs by their exact class name."""
+
+
+class SinkFullAttentionSpec(FullAttentionSpec):
+    pass
+
+
+def config(**changes: Any) -> Any:
+    model = {"dtype": torch.float32, "is_mm_prefix_lm": False, "rswa_window": None}
+    parallel = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    parts = {"model_config": model, "parallel_config": parallel, "cache_config": {}}
+    for path, value in changes.items():
+        part, name = path.split("__")
+        parts[f"{part}_config"][name] = value
+    return SimpleNamespace(**{k: SimpleNamespace(**v) for k, v in parts.items()})
+
+
+def spec(kind: type = FullAttentionSpec, **changes: Any) -> Any:
+    return kind(**{"head_size": 64, "head_size_v": 64, "dtype": torch.float32, **changes})
+
+
+@pytest.mark.parametrize(
+    ("engine", "cache", "reason"),
+    [
+        ({}, spec(SinkFullAttentionSpec), "got SinkFullAttentionSpec"),
+        ({}, spec(head_size_v=128), "got 128"),
+        ({}, spec(dtype=torch.float16), "got torch.float16"),
+        ({}, spec(non_causal=True), "bidirectional"),
+        ({}, spec(attention_chunk_size=8192), "chunked local"),
+        ({"model__is_mm_prefix_lm": True}, spec(), "prefix LM"),
+        ({"model__rswa_window": 64}, spec(), "reference sliding window"),
+        ({"parallel__decode_context_parallel_size": 2}, spec(), "decode_context_parallel_size=2"),
+        ({"cache__kv_sharing_fast_prefill": True}, spec(), "kv_sharing_fast_prefill"),
+    ],
+)
+def test_an_engine_we_cannot_serve_is_refused_with_the_reason(
+    engine: dict[str, Any], cache: Any, reason: str
+) -> None:
+    limits.check_engine(config(), spec(), [])
+    with pytest.raises(NotImplementedError, match=re.escape(reason)):
+        limits.check_engine(config(**engine), cache, [])
+
+
+def test_capabilities_the_selector_asks_for() -> None:
+    assert FiAttentionBackend.get_name() == "CUSTOM"
+    assert FiAttentionBackend.get_supported_kernel_block_sizes(object())[0].base == 16
+    assert not any(
+        ask()
+        for ask in (
+            FiAttentionBackend.is_mla,
+            FiAttentionBackend.supports_non_causal,
+            FiAttentionBackend.supports_batch_invariance,
+            FiAttentionBackend.supports_dcp,
+        )
+    )
+    assert FiAttentionBackend.supports_head_size(80)
+    assert not FiAttentionBackend.supports_head_size(257)
+    assert not FiAttentionBackend.supports_kv_cache_dtype("fp8")
+
+
+# ---- one plan per step
+
+
+def step(lengths: list[int], qo: list[int]) -> Any:
+    """New views in every step, as both runners make them."""
+    return SimpleNamespace(
+        query_start_loc=torch.tensor(qo, dtype=torch.int32),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        num_reqs=len(lengths),
+        num_actual_tokens=qo[-1],
+        max_query_len=1,
+        max_seq_len=64,
+    )
+
+
+def batch(common: Any, pages: int) -> fi_backend.BlockSparse:
+    table = torch.full((common.num_reqs, pages), pages, dtype=torch.int32)
+    return fi_backend.BlockSparse.from_block_table(common.query_start_loc, common.seq_lens, table, 16)
+
+
+@pytest.fixture
+def shared() -> builder.SharedPlanner:
+    planner = fi_backend.Planner(
+        q_heads=4, kv_heads=2, head_dim=64, max_requests=8, max_tokens=64, device="cpu"
+    )
+    return builder.SharedPlanner(planner, ())
+
+
+def metadata(shared: builder.SharedPlanner, name: int, common: Any, pages: int = 4) -> builder.FiMetadata:
+    made = shared.plan(name, batch(common, pages), common)
+    return builder.FiMetadata(made, shared, torch.zeros(0, dtype=torch.int64), common.num_actual_tokens)
+
+
+def test_groups_of_one_step_share_a_plan_but_not_a_page_table(shared: builder.SharedPlanner) -> None:
+    common = step([10, 20], [0, 1, 2])
+    first, second = metadata(shared, 1, common, pages=4), metadata(shared, 2, common, pages=6)
+    assert shared.step == 1
+    assert first.plan_for_layer().batch.table.shape[1] == 4
+    assert second.plan_for_layer().batch.table.shape[1] == 6
+
+
+def test_a_builder_that_comes_again_plans_again(shared: builder.SharedPlanner) -> None:
+    common = step([10, 20], [0, 1, 2])
+    metadata(shared, 1, common)
+    metadata(shared, 2, common)
+    common.seq_lens.add_(1)  # the same tensor, written in place
+    metadata(shared, 1, common)
+    assert shared.step == 2
+    metadata(shared, 2, common)
+    assert shared.step == 2
+    metadata(shared, 2, common)
+    assert shared.step == 3
+
+
+def test_new_lengths_are_never_served_an_old_plan(shared: builder.SharedPlanner) -> None:
+    old = metadata(shared, 1, step([10, 20], [0, 1, 2]))
+    metadata(shared, 2, step([11, 21], [0, 1, 2]))
+    assert shared.step == 2
+    with pytest.raises(RuntimeError, match="plan 1 was overwritten by plan 2"):
+        old.plan_for_layer()
+
+
+# ---- registration and hygiene
+
+
+def test_registration_is_quiet_idempotent_and_light() -> None:
+    code = (
+        "import sys; from fi_backend.vllm.register import register; register(); register();"
+        "import torch; assert not torch.cuda.is_initialized();"
+        "assert 'fi_backend.vllm.backend' not in sys.modules and 'tvm_ffi' not in sys.modules;"
+        "from vllm.v1.attention.backends.registry import AttentionBackendEnum as E;"
+        "assert E.CUSTOM.get_path().startswith('fi_backend.'), E.CUSTOM.get_path();"
+        "print(E.CPU_ATTN.get_path().startswith('fi_backend.'))"
+    )
+    for asked in ("0", "1"):
+        environment = {**os.environ, "FI_BACKEND_CPU": asked}
+        environment.pop("FI_BACKEND_ANNOUNCED", None)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[-1] == str(asked == "1")
+        assert done.stderr.count("fi_backend: registered") == 1
+
+
+def test_the_adapter_never_reads_the_device() -> None:
+    folder = Path(str(builder.__file__)).parent
+    for path in folder.glob("*.py"):
+        found = re.findall(
+            r"seq_lens_cpu|query_start_loc_cpu|\.cpu\(\)|\.item\(\)|\.tolist\(\)", path.read_text()
+        )
+        assert not found, f"{path.name}: {found}"
