@@ -1,5 +1,6 @@
-// Algorithm 1 of the FlashInfer paper (arXiv 2501.01005), for `python -m benchmarks plan-sim`: one common KV chunk,
-// items in descending order, each to the least loaded worker. Row tiles, pruning and costs are our planner's.
+// Algorithm 1 of the FlashInfer paper (arXiv 2501.01005), for `python -m benchmarks plan-sim`: one common KV
+// chunk, items in descending order, each to the least loaded worker. Row tiles, pruning and costs are our
+// planner's.
 #include <algorithm>
 #include <functional>
 #include <queue>
@@ -18,12 +19,13 @@ struct Piece {
 }  // namespace
 
 // result: cost of the busiest worker, items, partial states, merges
-extern "C" void paper_plan(const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests, int32_t kv_heads,
-                           int32_t group, int32_t workers, int32_t q_wide, int32_t q_narrow, int32_t tile_kv,
-                           int64_t* result) {
+extern "C" void paper_plan(const int32_t* qo_indptr, const int32_t* kv_len, int32_t num_requests,
+                           int32_t kv_heads, int32_t group, int32_t workers, int32_t q_wide, int32_t q_narrow,
+                           int32_t tile_kv, int64_t* result) {
   using namespace fi;
   PlanParams p{};
-  p.qo_indptr = qo_indptr, p.kv_len = kv_len, p.num_requests = num_requests, p.kv_heads = kv_heads, p.group = group;
+  p.qo_indptr = qo_indptr, p.kv_len = kv_len, p.num_requests = num_requests, p.kv_heads = kv_heads,
+  p.group = group;
   p.tile_q_wide = q_wide, p.tile_q_narrow = q_narrow, p.tile_kv = tile_kv, p.causal = 1;
 
   std::vector<Segment> segments;

@@ -104,6 +104,7 @@ struct Line {
   int32_t segments;          // of one KV head
   int32_t chunked_segments;  // of them, those of row tiles with several chunks: each has a slot
   int32_t chunked_tiles;     // row tiles with several chunks: each has a merge
+  const int32_t* spread;     // [segments + 1] workers of one KV head before each; null: cut by cost
   int64_t slice, total;
 };
 
@@ -112,13 +113,47 @@ FI_HD void measure(Line* line, const PlanParams& p) {
   line->slice = at_least(ceil_div(line->total, p.workers), kMinSlice);
 }
 
+// Spreading: segment s gets pieces_of(s, most) workers, and `most` is the least cost of KV tiles a worker
+// that needs no more than spread_workers() workers a KV head. Only the values from spread_least() up to
+// spread_limit() are tried: below it is hopeless, above it cutting by cost is better.
+FI_HD int32_t spread_workers(const PlanParams& p) { return p.workers / p.kv_heads; }
+
+FI_HD int64_t spread_least(const PlanParams& p, const Line& line) {
+  int64_t tiles = line.start[line.segments] - int64_t(line.segments) * kItemCost;
+  return at_least(ceil_div(tiles, spread_workers(p)), kMinSlice - kItemCost);
+}
+
+// Below spread_least(): do not spread.
+FI_HD int64_t spread_limit(const PlanParams& p, const Line& line) {
+  if (p.chunk_tiles > 0 || line.segments == 0 || line.segments > spread_workers(p)) return -1;
+  return at_most(line.slice + kSpreadSlack - kItemCost, spread_least(p, line) + kSpreadTries - 1);
+}
+
+FI_HD int32_t pieces_of(const Line& line, int32_t s, int64_t most) {
+  int64_t tiles = line.start[s + 1] - line.start[s] - kItemCost;
+  return int32_t(at_least(at_most(ceil_div(tiles, most), tiles / (kMinTiles * kWidestTile)), 1));
+}
+
 // Unit = kv_head * segments + segment. The cut before KV tile `tile` of that unit; 0: before the whole unit.
 struct Cut {
   int32_t unit, tile;
 };
 
+FI_HD Cut spread_cut_before(const PlanParams& p, const Line& line, int32_t w) {
+  int32_t workers = line.spread[line.segments];
+  if (w >= workers * p.kv_heads) return {p.kv_heads * line.segments, 0};
+  int32_t head = w / workers;
+  int32_t s = last_not_above(line.spread, line.segments, w - head * workers);
+  int32_t piece = w - head * workers - line.spread[s], pieces = line.spread[s + 1] - line.spread[s];
+  int32_t unit = head * line.segments + s;
+  if (piece == 0) return {unit, 0};
+  int64_t tiles = segment_at(p, line.request[s], line.tile[s]).tiles;
+  return {unit, int32_t(tiles * piece / pieces)};
+}
+
 // Where worker w begins. Cuts never decrease with w, and two cuts inside one unit differ.
 FI_HD Cut cut_before(const PlanParams& p, const Line& line, int32_t w) {
+  if (line.spread) return spread_cut_before(p, line, w);
   int64_t x = w * line.slice;
   if (w >= p.workers || x >= line.total) return {p.kv_heads * line.segments, 0};
   int64_t length = line.start[line.segments];

@@ -196,6 +196,14 @@ def test_empty_batches_and_padded_rows(q_lens: tuple[int, ...], kv_lens: tuple[i
     assert len(plan.items) == 2 * sum(q > 0 for q in q_lens)
 
 
+def test_fewer_tiles_than_workers_are_spread_evenly() -> None:
+    """16 decodes of 16 KV tiles, 8 heads, 264 workers: two halves each, nobody has a third piece."""
+    s = Setup((1,) * 16, (1024,) * 16, kv_heads=8, workers=264, q_wide=64, q_narrow=16, tile_kv=64)
+    plan = arrays(s.planner().plan(s.batch()))
+    assert (np.diff(plan.worker_indptr)[:256] == 1).all() and len(plan.items) == 256
+    assert set((plan.items[:, 4] - plan.items[:, 3]).tolist()) == {512}
+
+
 def test_window_keeps_only_its_tiles() -> None:
     s = Setup((1,), (4096,), window=10, workers=1)
     assert arrays(s.planner().plan(s.batch())).items[:, 3:5].tolist() == [[4084, 4096]]

@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include <vector>
+
 #include "schedule.h"
 
 namespace fi {
@@ -40,11 +42,25 @@ bool build_line(const PlanParams& p, Line* line) {
   return fits;
 }
 
+// Workers before each segment of one KV head, or nothing if cutting by cost is better.
+std::vector<int32_t> spread(const PlanParams& p, const Line& line) {
+  int64_t limit = spread_limit(p, line);
+  if (limit < 0) return {};
+  std::vector<int32_t> before(line.segments + 1);
+  for (int64_t most = spread_least(p, line); most <= limit; ++most) {
+    for (int32_t s = 0; s < line.segments; ++s) before[s + 1] = before[s] + pieces_of(line, s, most);
+    if (before[line.segments] <= spread_workers(p)) return before;
+  }
+  return {};
+}
+
 }  // namespace
 
 void plan_host(const PlanParams& p) {
   Line line{};
   bool fits = build_line(p, &line);
+  std::vector<int32_t> workers_before = spread(p, line);
+  line.spread = workers_before.empty() ? nullptr : workers_before.data();
   Cut left = cut_before(p, line, 0);
   Count left_count{};
   int32_t first_slot = 0;

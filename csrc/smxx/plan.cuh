@@ -54,6 +54,8 @@ struct PlanShared {
   Count count[kMaxWorkers + 1];
   int32_t indptr[kMaxWorkers + 1];
   int32_t first_slot[kMaxWorkers];  // of each merge
+  int32_t spread[kMaxWorkers + 1];
+  int32_t fits[kSpreadTries];
 };
 
 // Segments of one KV head, kThreads requests a round and kThreads segments at a time.
@@ -115,7 +117,7 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
     if (fits) shared.start[segments] = cost;
   }
   __syncthreads();
-  Line line;
+  Line line{};
   line.start = fits ? shared.start : p.segment_start;
   line.request = fits ? shared.request : p.segment_request;
   line.tile = fits ? shared.tile : p.segment_tile;
@@ -126,12 +128,39 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   return line;
 }
 
+// Workers of its own for each segment where that is better than cutting by cost: a warp for each candidate.
+template <int kThreads>
+__device__ __forceinline__ const int32_t* spread(const PlanParams& p, const Line& line,
+                                                 PlanShared<kThreads>& shared) {
+  static_assert(kThreads == 32 * kSpreadTries, "a warp for every candidate");
+  int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  int64_t limit = spread_limit(p, line);
+  if (limit < 0) return nullptr;
+  int64_t least = spread_least(p, line);
+  long long workers = 0;
+  for (int32_t s = lane; s < line.segments; s += 32) workers += pieces_of(line, s, least + warp);
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) workers += __shfl_xor_sync(0xffffffffu, workers, d);
+  if (lane == 0) shared.fits[warp] = least + warp <= limit && workers <= spread_workers(p);
+  __syncthreads();
+  unsigned fits = __ballot_sync(0xffffffffu, shared.fits[lane]);
+  if (fits == 0) return nullptr;
+  int64_t most = least + __ffs(fits) - 1;
+  int64_t sum;
+  int64_t before = scan<kThreads>(tid < line.segments ? pieces_of(line, tid, most) : 0, shared.sums, &sum);
+  if (tid < line.segments) shared.spread[tid] = int32_t(before);
+  if (tid == 0) shared.spread[line.segments] = int32_t(sum);
+  __syncthreads();
+  return shared.spread;
+}
+
 template <int kThreads>
 __device__ __forceinline__ void plan_block(const PlanParams& p, PlanShared<kThreads>& shared) {
   static_assert(kThreads > kMaxWorkers, "a thread for every cut");
   int w = threadIdx.x;
   bool overflow;
   Line line = build_line<kThreads>(p, shared, &overflow);
+  line.spread = spread<kThreads>(p, line, shared);
 
   if (w <= p.workers) shared.cut[w] = cut_before(p, line, w);
   __syncthreads();

@@ -99,19 +99,31 @@ inline void Block::run(unsigned threads, unsigned seed, std::function<void()> ke
   }
 }
 
-inline long long exchange(long long value, unsigned from) {
+// Shows a value to the warp; the function returned reads a lane's.
+inline auto show(long long value) {
   Fiber& self = block.fibers[threadIdx.x];
   unsigned warp = threadIdx.x / 32 * 32, turn = self.shuffles++ % 2;
   self.lane_value[turn] = value;
   block.pause(Wait::kWarp);
-  return block.fibers[warp + from].lane_value[turn];
+  return [=](unsigned lane) { return block.fibers[warp + lane].lane_value[turn]; };
 }
 
 }  // namespace emulate
 
 inline void __syncthreads() { emulate::block.pause(emulate::Wait::kBlock); }
-inline long long __shfl_sync(unsigned, long long value, int lane) { return emulate::exchange(value, lane); }
+inline long long __shfl_sync(unsigned, long long value, int lane) { return emulate::show(value)(lane); }
 inline long long __shfl_up_sync(unsigned, long long value, int distance) {
   int lane = threadIdx.x % 32;
-  return emulate::exchange(value, lane < distance ? lane : lane - distance);
+  return emulate::show(value)(lane < distance ? lane : lane - distance);
 }
+inline long long __shfl_xor_sync(unsigned, long long value, int mask) {
+  int lane = threadIdx.x % 32;
+  return emulate::show(value)(lane ^ mask);
+}
+inline unsigned __ballot_sync(unsigned, int holds) {
+  auto of_lane = emulate::show(holds != 0);
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) bits |= unsigned(of_lane(lane)) << lane;
+  return bits;
+}
+inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
