@@ -1,4 +1,4 @@
-"""Checks that must read device memory back: FI_DEBUG=1 only. They do nothing while a CUDA graph is captured."""
+"""Checks that must read device memory back: FI_DEBUG=1 only, and never while a graph is captured."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def check_page_table(batch: BlockSparse, num_pages: int, window: int | None) -> 
             limit = num_pages * batch.page_size if batch.entries_are_slots else num_pages
             what = "slot" if batch.entries_are_slots else "page"
             raise ValueError(
-                f"page table: request {request}, entry {skipped + at}: expected a {what} of 0 to {limit - 1}, "
-                f"got {int(entries[at])}"
+                f"page table: request {request}, entry {skipped + at}: expected a {what} of 0 to {limit - 1}"
+                f", got {int(entries[at])}"
             )
 
 

@@ -1,4 +1,4 @@
-"""What an engine keeps in memory, as we read it: a paged KV cache and the sparse matrix of rows against pages.
+"""What an engine keeps in memory, as read: a paged KV cache and the sparse matrix of rows against pages.
 
 Nothing is copied: a format holds the engine's own tensors. Strides are read, never assumed.
 """
@@ -47,7 +47,8 @@ class KVCache:
                 )
         if k.shape[:3] != v.shape[:3]:
             raise ValueError(
-                f"expected k and v of the same pages, page_size and kv_heads, got {list(k.shape)} and {list(v.shape)}"
+                f"expected k and v of the same pages, page_size and kv_heads, "
+                f"got {list(k.shape)} and {list(v.shape)}"
             )
         if k.dtype != v.dtype:
             raise TypeError(f"expected k and v of one dtype, got {k.dtype} and {v.dtype}")
@@ -134,7 +135,8 @@ class BlockSparse:
         requests = self.kv_len.shape[0]
         if self.qo_indptr.shape[0] != requests + 1:
             raise ValueError(
-                f"expected qo_indptr of {requests + 1} entries (kv_len has {requests}), got {self.qo_indptr.shape[0]}"
+                f"expected qo_indptr of {requests + 1} entries (kv_len has {requests}), "
+                f"got {self.qo_indptr.shape[0]}"
             )
         if self.page_size < 1:
             raise ValueError(f"expected page_size of at least 1, got {self.page_size}")
@@ -148,7 +150,7 @@ class BlockSparse:
     def from_block_table(
         cls, qo_indptr: torch.Tensor, kv_len: torch.Tensor, block_table: torch.Tensor, page_size: int
     ) -> BlockSparse:
-        """block_table [R, W] int32 page ids, row r for request r; padded rows are fine (row stride is read)."""
+        """block_table [R, W] int32 page ids, row r for request r; its strides are read."""
         _check_rank("block_table", block_table, 2, "[requests, pages]")
         if block_table.shape[0] < kv_len.shape[0]:
             raise ValueError(
@@ -184,7 +186,7 @@ class BlockSparse:
         indices: torch.Tensor,
         page_size: int,
     ) -> BlockSparse:
-        """indices [nnz] int32 page ids; those of request r begin at indptr[r]; indptr [R + 1] int32 or int64."""
+        """indices [nnz] int32 page ids; request r begins at indptr[r]; indptr [R + 1] int32 or int64."""
         _check_rank("indices", indices, 1, "[pages in use]")
         _check_rows("indptr", indptr, kv_len.shape[0] + 1)
         return cls(qo_indptr, kv_len, indices, indptr, 1, indices.stride(0), False, page_size)

@@ -107,13 +107,15 @@ def run(
 ) -> torch.Tensor:
     """Attention of q against the pages of the plan's batch. Returns out.
 
-    q [tokens, q_heads, head_dim_qk] and out [tokens, q_heads, head_dim_vo]: bf16 or f16 (f32 too on the CPU), any
-    strides with a contiguous last dimension; tokens past qo_indptr[-1] are left as they are. scale: logits are
-    scale * q.k, default head_dim_qk ** -0.5. lse [tokens, q_heads] float32, filled with the natural-log sum of
-    exponentials; rows without keys get -inf and out 0. The variant's arguments go by name.
+    q [tokens, q_heads, head_dim_qk] and out [tokens, q_heads, head_dim_vo]: bf16 or f16 (f32 too on the
+    CPU), any strides with a contiguous last dimension; tokens past qo_indptr[-1] are left as they are.
+    Logits are scale * q.k, scale is head_dim_qk ** -0.5 by default. lse [tokens, q_heads] float32 is filled
+    with the natural log of the sum of exponentials; rows without keys get -inf and out 0. The variant's
+    arguments go by name.
 
-    Runs on the current stream, allocates only `out`, never synchronises (unless FI_DEBUG=1). Raises ValueError or
-    TypeError for inputs that do not fit the plan, RuntimeError when a kernel cannot be built or launched.
+    Runs on the current stream, allocates only `out`, never synchronises (unless FI_DEBUG=1). Raises
+    ValueError or TypeError for inputs that do not fit the plan, RuntimeError when a kernel cannot be built
+    or launched.
     """
     bound = plan.__dict__.get("_bound") or _bind(plan)
     executor = bound.executors.get((variant, q.dtype)) or _load(plan, bound, variant, q.dtype)
@@ -121,7 +123,7 @@ def run(
     args = variant.pack(variant_args, planner.q_heads, planner.device)
     if planner.window is not None and variant_args["window"] > planner.window:
         raise ValueError(
-            f"expected a window of at most {planner.window} (the plan kept no more), got {variant_args['window']}"
+            f"expected window of at most {planner.window} (the plan's), got {variant_args['window']}"
         )
     if out is None:
         out = q.new_empty(q.shape[0], planner.q_heads, planner.head_dim_vo)
@@ -136,9 +138,9 @@ def run(
 def append(kv: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Writes new keys and values into the cache: token i goes to slot_mapping[i] = page * page_size + offset.
 
-    k [tokens, kv_heads, head_dim_qk], v [tokens, kv_heads, head_dim_vo] of the cache's dtype, at least as many
-    tokens as slot_mapping [tokens] int64 has; a negative slot skips its token. Raises ValueError or TypeError; a
-    slot past the cache is found on the CPU and, with FI_DEBUG=1, on a GPU.
+    k [tokens, kv_heads, head_dim_qk], v [tokens, kv_heads, head_dim_vo] of the cache's dtype, at least as
+    many tokens as slot_mapping [tokens] int64 has; a negative slot skips its token. Raises ValueError or
+    TypeError; a slot past the cache is found on the CPU and, with FI_DEBUG=1, on a GPU.
     """
     function = error = 0
     if kv.k.is_cuda:

@@ -1,7 +1,7 @@
 """What attention computes: features, composed into variants with `+`.
 
-A feature names its C++ functor (csrc/variant.h), its run-time arguments and the same arithmetic in eager torch,
-which only the test oracle uses. All logits are in natural units, already scaled.
+A feature names its C++ functor (csrc/variant.h), its run-time arguments and the same arithmetic in eager
+torch, which only the oracle uses. All logits are in natural units, already scaled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -57,7 +57,7 @@ class Variant:
     name: str
     _names: set[str]
     _struct: struct.Struct
-    _interned: dict[tuple[str, ...], Variant] = {}
+    _interned: ClassVar[dict[tuple[str, ...], Variant]] = {}
 
     def __new__(cls, *features: Feature) -> Variant:
         ordered = tuple(sorted(dict.fromkeys(features), key=Feature._rank))
@@ -96,7 +96,7 @@ class Variant:
         return set(other.features) <= set(self.features)
 
     def pack(self, values: Mapping[str, Any], q_heads: int, device: torch.device) -> bytes:
-        """The bytes of the generated struct Args. Raises ValueError on unknown, missing or ill-shaped arguments."""
+        """The bytes of the generated struct Args. Raises ValueError for arguments that do not fit."""
         if not self.args and not values:
             return b""
         if values.keys() != self._names:
@@ -184,6 +184,6 @@ def parse(name: str) -> Variant:
 
 
 def compose(*, causal: bool, window: bool, soft_cap: bool, alibi: bool, sinks: bool) -> Variant:
-    """The variant of a layer, in the one order that adapters and `jit warmup` agree on (soft cap before ALiBi)."""
+    """The variant of a layer, in the one order adapters and `jit warmup` agree on."""
     wanted = ((CAUSAL, causal), (WINDOW, window), (SOFT_CAP, soft_cap), (ALIBI, alibi), (SINKS, sinks))
     return reduce(Variant.__add__, (v for v, on in wanted if on), FULL)

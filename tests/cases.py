@@ -1,6 +1,6 @@
-"""A case is a value: lengths, heads, layout, variant, seed. `make` turns it into tensors, the same for any executor.
+"""A case is a value: lengths, heads, layout, variant, seed. `make` turns it into tensors for any executor.
 
-Whatever attention must not read is NaN: pages of nobody, the tail of a last page, entries past a request's pages.
+Whatever must not be read is NaN: pages of nobody, the tail of a last page, entries past a request's pages.
 """
 
 from __future__ import annotations

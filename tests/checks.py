@@ -9,8 +9,8 @@ import reference
 import torch
 from cases import Case, Inputs, make
 
-from fi_backend import Plan, Planner, Tiles, run
-from fi_backend.variants import CAUSAL
+from fi_backend import Plan, Planner, Tiles, append, jit, run
+from fi_backend.variants import CAUSAL, parse
 
 # beyond twice the error of torch in the same precision: where that happens to be exact, we need not be
 ATOL = {"bf16": 1e-4, "f16": 2e-5, "f32": 2e-6}
@@ -21,19 +21,19 @@ def planner_for(inputs: Inputs, workers: int | None = None, **changes: Any) -> P
     tiles = Tiles.for_device(kv.device, kv.head_dim_qk, kv.head_dim_vo)
     if workers is not None:
         tiles = replace(tiles, workers=workers)
-    wanted: dict[str, Any] = dict(
-        q_heads=case.q_heads,
-        kv_heads=case.kv_heads,
-        head_dim=kv.head_dim_qk,
-        head_dim_vo=kv.head_dim_vo,
-        max_requests=max(len(case.q_lens), 1),
-        max_tokens=max(inputs.tokens, 1),
-        max_kv_len=max(1, *case.kv_lens, 1),
-        causal=CAUSAL in inputs.variant,
-        window=inputs.variant_args.get("window"),
-        device=kv.device,
-        tiles=tiles,
-    )
+    wanted: dict[str, Any] = {
+        "q_heads": case.q_heads,
+        "kv_heads": case.kv_heads,
+        "head_dim": kv.head_dim_qk,
+        "head_dim_vo": kv.head_dim_vo,
+        "max_requests": max(len(case.q_lens), 1),
+        "max_tokens": max(inputs.tokens, 1),
+        "max_kv_len": max(1, 1, *case.kv_lens),
+        "causal": CAUSAL in inputs.variant,
+        "window": inputs.variant_args.get("window"),
+        "device": kv.device,
+        "tiles": tiles,
+    }
     return Planner(**(wanted | changes))
 
 
@@ -128,3 +128,37 @@ def check_batch_invariance(case: Case, device: str = "cpu") -> None:
         for whole, part in zip((out, lse), small, strict=True):
             assert torch.equal(whole[rows], part), f"request {request} differs when alone"
         begin += q_len
+
+
+def check_append(case: Case, device: str = "cpu", tokens: int = 40) -> None:
+    """Slots in any order, some skipped, k and v as slices of a fused projection; nothing else is touched."""
+    kv = make(case, device).kv
+    rng = torch.Generator().manual_seed(case.seed)
+    slots = torch.randperm(kv.num_pages * kv.page_size, generator=rng)[:tokens]
+    slots[::7] = -1
+    n = len(slots)
+    width = kv.head_dim_qk + kv.head_dim_vo + 16
+    fused = torch.randn(n + 3, kv.kv_heads, width, generator=rng).to(
+        kv.device, kv.dtype
+    )  # three padded tokens
+    k, v = fused[..., : kv.head_dim_qk], fused[..., -kv.head_dim_vo :]
+    wanted = [kv.k.clone(), kv.v.clone()]
+    for i, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            for cache, new in zip(wanted, (k, v), strict=True):
+                cache[slot // kv.page_size, slot % kv.page_size] = new[i]
+    append(kv, k, v, slots.to(kv.device))
+    for cache, want in zip((kv.k, kv.v), wanted, strict=True):
+        assert torch.equal(cache.nan_to_num(1e9), want.nan_to_num(1e9)), "append wrote something else"
+
+
+def build(cases: list[Case], device: str, dtypes: tuple[str, ...]) -> None:
+    """Compiles all that these cases run, several at once."""
+    arch = jit.arch_of(torch.device(device))
+    jit.build_all(
+        jit.needed(
+            jit.Spec(arch, dtype, c.head_dim, c.head_dim_vo or c.head_dim, parse(c.variant))
+            for c in cases
+            for dtype in dtypes
+        )
+    )

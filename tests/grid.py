@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from cases import Case
 
-# decode, one token and one key, a chunk, nothing at all, a whole prompt, a row without keys, more queries than keys
+# decode, one key, a chunk, nothing at all, a whole prompt, a row without keys, more queries than keys
 MIXED = Case((1, 1, 5, 0, 33, 1, 130, 9), (300, 1, 70, 40, 33, 0, 200, 4))
 LONG = Case((1, 40, 1), (1700, 500, 17))  # split over many workers
 

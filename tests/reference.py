@@ -1,7 +1,7 @@
 """The oracle: attention in float64, one request at a time, gathering its own keys from the page table.
 
-Imports nothing of ours but the formats and the eager form of the variants. With another `dtype` it is torch eager
-in that precision, which says how much error is fair.
+Imports nothing of ours but the formats and the eager form of the variants. With another `dtype` it is torch
+eager in that precision, which says how much error is fair.
 """
 
 from __future__ import annotations
@@ -84,6 +84,6 @@ def attention(
             int(batch.kv_len[request]),
         )
         k, v = gather(kv.k, pages, kv_len), gather(kv.v, pages, kv_len)
-        o, l = attend(q[rows], k, v, variant, args, scale, dtype)
-        out[rows], lse[rows] = o.double(), l.double()
+        o, s = attend(q[rows], k, v, variant, args, scale, dtype)
+        out[rows], lse[rows] = o.double(), s.double()
     return out, lse

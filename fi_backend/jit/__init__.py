@@ -1,6 +1,6 @@
 """Builds and loads the three kinds of shared library: core, executor of a Spec, smxx.
 
-A library is a folder of the cache, published by one rename, named by the hash of everything that went into it.
+A library is a folder of the cache, published by one rename and named by the hash of all that went into it.
 Many processes may ask for the same one: a file lock lets one compile and the others wait; the lock dies with
 its process, so a crashed builder wedges nobody.
 """
@@ -45,7 +45,7 @@ def csrc() -> Path:
 
 @dataclass(frozen=True)
 class Spec:
-    """One executor build. arch: 0 for the CPU, else 80, 86, 89, 90, ...; dtype: "bf16", "f16", "f32" (CPU only)."""
+    """One executor build. arch: 0 for the CPU, else 80, 86, ...; dtype: "bf16", "f16", "f32" (CPU only)."""
 
     arch: int
     dtype: str
@@ -80,7 +80,7 @@ class Spec:
             f"// {self}\n#pragma once\n#define FI_ARCH {self.arch}\n#define {_ELEMENTS[self.dtype]} 1\n"
             f'#include "variant.h"\nnamespace fi::spec {{\n'
             f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
-            f"struct Args {{{members} }};\nusing Variant = fi::Compose<{features}>;\n}}  // namespace fi::spec\n"
+            f"struct Args {{{members} }};\nusing Variant = fi::Compose<{features}>;\n}}\n"
         )
 
 
@@ -302,7 +302,7 @@ def executor(spec: Spec) -> Executor:
 
 @functools.cache
 def smxx(arch: int) -> Smxx:
-    """Device planner and append for a GPU of this arch (80, 90, ...). Builds on first use. Raises BuildError."""
+    """Device planner and append for a GPU of this arch (80, 90, ...). Builds on first use, or BuildError."""
     lib = ctypes.CDLL(str(build(_smxx_library(arch)) / "lib.so"))
     return Smxx(_address(lib, "fi_plan"), _address(lib, "fi_append"), _address(lib, "fi_error"))
 

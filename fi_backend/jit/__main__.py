@@ -19,7 +19,7 @@ from . import models, toolchain
 
 _PTXAS = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>\w+)'"
-    r".*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
     r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.S,
 )
