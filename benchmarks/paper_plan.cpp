@@ -1,4 +1,4 @@
-// Algorithm 1 of the FlashInfer paper (arXiv 2501.01005), for `python -m benchmarks plan-sim`: one common KV
+// Algorithm 1 of the FlashInfer paper (arXiv 2501.01005), for `python -m benchmarks.plan_sim`: one common KV
 // chunk, items in descending order, each to the least loaded worker. Row tiles, pruning and costs are our
 // planner's.
 #include <algorithm>

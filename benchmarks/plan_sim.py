@@ -1,8 +1,8 @@
 """Our cost line against Algorithm 1 of the FlashInfer paper, by simulation: no GPU is needed.
 
-Both see the same row tiles, pruned KV ranges and costs (csrc/cost.h). `most/mean` is the busiest worker's cost over
-the unsplit work divided by the workers: 1 would be perfect and free of splits. `us` is the median time of the host
-planner, C++ called from Python, in microseconds.
+Both see the same row tiles, pruned KV ranges and costs (csrc/cost.h). `most/mean` is the busiest worker's
+cost over the unsplit work divided by the workers: 1 would be perfect and free of splits. `us` is the median
+time of the host planner, C++ called from Python, in microseconds.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 def simulate(library: ctypes.CDLL, workers: int, kind: str) -> Iterator[str]:
-    tiles = Tiles(*jit.core().plan_tiles(90, 128, 128)[:3], workers)
+    wide, narrow, kv, _ = jit.core().plan_tiles(90, 128, 128)
+    tiles = Tiles(wide, narrow, kv, workers)
     for name, q_lens, kv_lens in batches(kind):
         qo_indptr = torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         kv_len = torch.tensor(kv_lens, dtype=torch.int32)

@@ -50,6 +50,15 @@ def _rate(row: dict[str, Any]) -> str:
     return f"{row['tb_s']:.2f} TB/s" if row["suite"] == "decode" else f"{row['tflop_s']:.0f} TFLOP/s"
 
 
+def replace_block(page: Path, text: str) -> None:
+    """Put `text` between the marks of a Markdown file. Raises ValueError if it has none."""
+    old = page.read_text()
+    if BEGIN not in old or END not in old:
+        raise ValueError(f"expected the marks {BEGIN!r} and {END!r} in {page}")
+    before, rest = old.split(BEGIN, 1)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("file", type=Path, help="a results file")
@@ -59,11 +68,10 @@ def main() -> None:
     if args.into is None:
         print(text)
         return
-    page = args.into.read_text()
-    if BEGIN not in page or END not in page:
-        parser.error(f"expected the marks {BEGIN!r} and {END!r} in {args.into}")
-    before, rest = page.split(BEGIN, 1)
-    args.into.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+    try:
+        replace_block(args.into, text)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Whole-engine figures: Llama-3.1-8B shape with dummy weights in vLLM, ours and FLASH_ATTN.
 
 `python -m benchmarks.serve_vllm --out FILE` starts one engine process after another and times the starts: the
-peer, ours with an empty kernel cache, the peer again (warm machine), ours again (kernels cached). Every figure
-is in FILE at once; what no longer fits into --minutes is left out and said so. Compare figures only within one
-run.
+peer, ours with an empty kernel cache, the peer again (warm machine), ours again (kernels cached). Every
+figure is in FILE at once; what no longer fits into --minutes is left out and said so. Compare figures only
+within one run.
 """
 
 from __future__ import annotations

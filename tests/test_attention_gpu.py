@@ -1,4 +1,4 @@
-"""The GPU executor against the oracle: the CPU's cases in both 16-bit types, and what only a GPU can get wrong."""
+"""The GPU executor against the oracle: the CPU's cases in 16-bit types, and what only a GPU can get wrong."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _refill(inputs, other) -> None:
 
 
 def test_graph_captured_on_decode_serves_any_split() -> None:
-    """Captured with all query lengths 1, plan inside, replayed on mixed splits with padded requests and rows."""
+    """Captured with all query lengths 1, plan inside; replayed on mixed splits, padded requests and rows."""
     shape = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "extra_tokens": 0, "variant": "CAUSAL+WINDOW"}
     shape |= {"window": 300}
     longest = make(Case((1,) * 12, (1100,) * 12, **shape), "cuda")

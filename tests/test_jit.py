@@ -81,7 +81,8 @@ def test_key_depends_on_what_goes_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _builder(cache: Path) -> subprocess.Popen[str]:
-    code = "from fi_backend import jit, variants; jit.build(jit.library(jit.Spec(0, 'f32', 8, 8, variants.CAUSAL)))"
+    spec = "jit.Spec(0, 'f32', 8, 8, variants.CAUSAL)"
+    code = f"from fi_backend import jit, variants; jit.build(jit.library({spec}))"
     env = os.environ | {"FI_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True)
 

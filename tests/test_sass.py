@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fi_backend import jit, toolchain
+from fi_backend import jit
+from fi_backend.jit import toolchain
 from fi_backend.variants import parse
 
 EVERYTHING = "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS"
