@@ -14,7 +14,13 @@ SOURCES = (".h", ".cpp", ".cu", ".cuh")
 
 
 def cpp_files() -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in SOURCES)
+    found = (p for folder in ("csrc", "tests", "benchmarks") for p in (ROOT / folder).rglob("*"))
+    return sorted(str(p.relative_to(ROOT)) for p in found if p.suffix in SOURCES)
+
+
+def has_nvcc(python: Path) -> bool:
+    probe = "from fi_backend.jit import toolchain; toolchain.nvcc()"
+    return subprocess.run([python, "-c", probe], cwd=ROOT, capture_output=True).returncode == 0
 
 
 def checks(python: Path, newer: Path | None) -> list[tuple[str, list[str]]]:
@@ -27,8 +33,13 @@ def checks(python: Path, newer: Path | None) -> list[tuple[str, list[str]]]:
         ("ruff format", [f"{tool}/ruff", "format", "--check", "."]),
         ("mypy", [f"{tool}/mypy"]),
         ("clang-format", [f"{tool}/clang-format", "--dry-run", "-Werror", *cpp_files()]),
-        ("tests", [str(python), *pytest, "-m", "not engine and not gpu", "-n", "2"]),
     ]
+    if has_nvcc(python):
+        compile_all = ["-m", "fi_backend.jit", "compile", "--all-common", "--fail-on-spill"]
+        steps.append(("kernels for sm_80 and sm_90a", [str(python), *compile_all]))
+    else:
+        print("no nvcc: GPU kernels are not compiled, and the checks of their machine code skip", flush=True)
+    steps.append(("tests", [str(python), *pytest, "-m", "not engine and not gpu", "-n", "2"]))
     if gpu:
         steps.append(("tests on the GPU", [str(python), *pytest, "-m", "gpu and not engine"]))
     steps.append(("tests with the engine", [str(python), *pytest, "-m", "engine"]))
