@@ -30,12 +30,13 @@ class Tiles:
     def for_device(cls, device: torch.device | str, head_dim_qk: int, head_dim_vo: int) -> Tiles:
         """What the executor of this device is compiled for: a multiple of its multiprocessors or threads."""
         device = torch.device(device)
-        q_wide, q_narrow, kv, per_unit = jit.core().plan_tiles(jit.arch_of(device), head_dim_qk, head_dim_vo)
+        numbers = jit.core().plan_tiles(jit.arch_of(device), head_dim_qk, head_dim_vo)
+        q_wide, q_narrow, kv, per_unit, most = numbers
         if device.type == "cpu":
             units = torch.get_num_threads()
         else:
             units = torch.cuda.get_device_properties(device).multi_processor_count
-        return cls(q_wide, q_narrow, kv, units * per_unit)
+        return cls(q_wide, q_narrow, kv, min(units * per_unit, most))
 
 
 class CostModel(NamedTuple):

@@ -272,6 +272,13 @@ def test_batches_that_are_refused() -> None:
         planner.plan(BASE.batch(), on="gpu")
 
 
+def test_tiles_of_a_large_host_stay_within_the_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 384)
+    tiles = Tiles.for_device("cpu", 64, 64)
+    assert tiles.workers == 512
+    BASE.planner(tiles=tiles)
+
+
 def test_show_names_the_counts() -> None:
     s = Setup((1,), (1000,), workers=2)
     assert (
