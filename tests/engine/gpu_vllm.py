@@ -258,7 +258,8 @@ def run_engine(name: str, args: argparse.Namespace, tokens: Path, end: float, re
                 say(f"{name}: {', '.join(shown)}")
         limit.cancel()
         if process.wait() != 0:
-            tail = log.read_text().strip().splitlines()[-12:]
+            lines = [x for x in log.read_text().splitlines() if x.strip() and "leaked" not in x]
+            tail = [x for x in lines if "nanobind" not in x][-12:]
             results.add(name, {"failed": f"exit code {process.returncode}: " + " | ".join(tail)})
             say(f"{name}: failed, exit code {process.returncode}\n  " + "\n  ".join(tail))
 

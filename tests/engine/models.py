@@ -108,8 +108,10 @@ MODELS = {
                 "query_pre_attn_scalar": 64,
                 "sliding_window": WINDOW,
                 "hidden_activation": "gelu_pytorch_tanh",
-                "layer_types": ["sliding_attention", "full_attention"],
+                # three cache groups, two of them with equal plans
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
             },
+            layers=3,
         ),
     )
 }

@@ -119,6 +119,12 @@ def test_the_prefix_cache_was_used(ours: dict[str, Any]) -> None:
     assert ours["prefix caching"]["cached"] >= 2 * (len(SHARED) // run_vllm.BLOCK) * run_vllm.BLOCK
 
 
+def test_cache_groups_with_equal_lengths_share_a_plan(ours: dict[str, Any]) -> None:
+    # the same prompts in the same steps: one plan for two windowed groups, one for the full one
+    one_group = ours["sliding window"]["plans"]
+    assert ours["soft cap and alternating windows"]["plans"] == 2 * one_group
+
+
 @pytest.mark.parametrize("control", CONTROLS)
 def test_negative_control_changes_tokens(control: str, native: dict[str, Any], ours: dict[str, Any]) -> None:
     scenario, _ = CONTROLS[control]
