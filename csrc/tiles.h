@@ -17,7 +17,9 @@ constexpr int kArchCpu = 0;
 FI_HD constexpr Tiles tiles_for(int arch, int head_dim_qk, int head_dim_vo) {
   int widest = head_dim_qk > head_dim_vo ? head_dim_qk : head_dim_vo;
   if (arch == kArchCpu) return {64, 16, 64, 4};
-  return {64, 16, 64, widest <= 128 ? 2 : 1};
+  if (widest > 128) return {64, 16, 64, 1};    // 16 rows a warp: 32 would not fit the registers
+  bool small_smem = arch == 86 || arch == 89;  // 99 KiB a multiprocessor
+  return {128, 16, 64, small_smem ? 1 : 2};
 }
 
 }  // namespace fi

@@ -1,8 +1,9 @@
 // What attention computes: small functors, compiled by the host compiler and nvcc alike.
 //
 // A functor is a struct with static members; it inherits Feature and overrides what it changes.
-// Args is the generated struct of named arguments (fi_spec.h). All logits are in natural units, already scaled.
-// Compose<F...> joins features: key ranges intersect, logits transforms apply left to right, at most one sink.
+// Args is the generated struct of named arguments (fi_spec.h). All logits are in natural units, already
+// scaled. Compose<F...> joins features: key ranges intersect, logits transforms apply left to right, at most
+// one sink.
 #pragma once
 #include "params.h"
 
@@ -26,32 +27,57 @@ struct KeyRange {  // keys [begin, end); both must not decrease with q_pos
 struct Feature {
   static constexpr bool kHasLogits = false;
   static constexpr bool kHasSink = false;
-  template <class A> FI_HD static KeyRange keys(const A&, const Row& r) { return {0, r.kv_len}; }
-  template <class A> FI_HD static float logits(const A&, float x, const Row&, int32_t) { return x; }
-  template <class A> FI_HD static float sink(const A&, int32_t) { return 0.f; }
+  template <class A>
+  FI_HD static KeyRange keys(const A&, const Row& r) {
+    return {0, r.kv_len};
+  }
+  template <class A>
+  FI_HD static float logits(const A&, float x, const Row&, int32_t) {
+    return x;
+  }
+  template <class A>
+  FI_HD static float sink(const A&, int32_t) {
+    return 0.f;
+  }
 };
 
 struct Causal : Feature {
-  template <class A> FI_HD static KeyRange keys(const A&, const Row& r) { return {0, r.q_pos + 1}; }
+  template <class A>
+  FI_HD static KeyRange keys(const A&, const Row& r) {
+    return {0, r.q_pos + 1};
+  }
 };
 
 // keys (q_pos - window, q_pos + ...]; the upper end is Causal's business
 struct Window : Feature {
-  template <class A> FI_HD static KeyRange keys(const A& a, const Row& r) {
+  template <class A>
+  FI_HD static KeyRange keys(const A& a, const Row& r) {
     return {r.q_pos - a.window + 1, r.kv_len};
   }
 };
 
+// cap * tanh(x / cap). On a GPU without the branches of tanhf and of an exact division, which would cost the
+// kernel its registers; the error stays below 1e-6 cap.
+FI_HD float capped(float x, float cap) {
+#if defined(__CUDA_ARCH__)
+  return cap - __fdividef(2.f * cap, 1.f + __expf(__fdividef(2.f * x, cap)));  // at the ends exp is 0 or inf
+#else
+  return cap * tanhf(x / cap);
+#endif
+}
+
 struct SoftCap : Feature {
   static constexpr bool kHasLogits = true;
-  template <class A> FI_HD static float logits(const A& a, float x, const Row&, int32_t) {
-    return a.soft_cap * tanhf(x / a.soft_cap);
+  template <class A>
+  FI_HD static float logits(const A& a, float x, const Row&, int32_t) {
+    return capped(x, a.soft_cap);
   }
 };
 
 struct Alibi : Feature {
   static constexpr bool kHasLogits = true;
-  template <class A> FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
+  template <class A>
+  FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
     return x + a.alibi_slopes[r.q_head] * float(kv_pos - r.q_pos);
   }
 };
@@ -59,32 +85,46 @@ struct Alibi : Feature {
 // One extra logit per head that takes part in the softmax and carries no value. LSE counts it.
 struct Sinks : Feature {
   static constexpr bool kHasSink = true;
-  template <class A> FI_HD static float sink(const A& a, int32_t q_head) { return a.sinks[q_head]; }
+  template <class A>
+  FI_HD static float sink(const A& a, int32_t q_head) {
+    return a.sinks[q_head];
+  }
 };
 
-template <class... F> struct Compose;
+template <class... F>
+struct Compose;
 
-template <> struct Compose<> : Feature {
-  template <class A> FI_HD static KeyRange keys(const A&, const Row& r) { return {0, r.kv_len}; }
+template <>
+struct Compose<> : Feature {
+  template <class A>
+  FI_HD static KeyRange keys(const A&, const Row& r) {
+    return {0, r.kv_len};
+  }
 };
 
-template <class F, class... Rest> struct Compose<F, Rest...> {
+template <class F, class... Rest>
+struct Compose<F, Rest...> {
   using Next = Compose<Rest...>;
   static constexpr bool kHasLogits = F::kHasLogits || Next::kHasLogits;
   static constexpr bool kHasSink = F::kHasSink || Next::kHasSink;
   static_assert(!(F::kHasSink && Next::kHasSink), "a variant has at most one sink");
 
   // clamped to [0, kv_len]; begin >= end: the row sees nothing
-  template <class A> FI_HD static KeyRange keys(const A& a, const Row& r) {
+  template <class A>
+  FI_HD static KeyRange keys(const A& a, const Row& r) {
     KeyRange x = F::keys(a, r), y = Next::keys(a, r);
     return {x.begin > y.begin ? x.begin : y.begin, x.end < y.end ? x.end : y.end};
   }
-  template <class A> FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
+  template <class A>
+  FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
     return Next::logits(a, F::logits(a, x, r, kv_pos), r, kv_pos);
   }
-  template <class A> FI_HD static float sink(const A& a, int32_t q_head) {
-    if constexpr (F::kHasSink) return F::sink(a, q_head);
-    else return Next::sink(a, q_head);
+  template <class A>
+  FI_HD static float sink(const A& a, int32_t q_head) {
+    if constexpr (F::kHasSink)
+      return F::sink(a, q_head);
+    else
+      return Next::sink(a, q_head);
   }
 };
 

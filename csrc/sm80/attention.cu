@@ -7,7 +7,8 @@
 extern "C" int fi_attention(const fi::AttentionParams* params, void* stream_handle) {
   using namespace fi::sm80;
   auto stream = static_cast<cudaStream_t>(stream_handle);
-  // Per call, not once: the attribute belongs to the current device, and the call costs less than a lookup would.
+  // Per call, not once: the attribute belongs to the current device, and the call costs less than a lookup
+  // would.
   cudaError_t error =
       cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
   if (error != cudaSuccess) return error;

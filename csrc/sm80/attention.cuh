@@ -1,10 +1,12 @@
 // The persistent kernel: each CTA is a worker and walks its items; per item load, mma, store.
 //
-// A wide tile gives every warp 16 of 64 rows and all tokens of a KV tile; a narrow tile gives every warp the same 16
-// rows and a quarter of the tokens, and the warps' states meet in shared memory at the end.
+// A wide tile gives every warp its own rows (32 of 128, or 16 of 64 for wide heads) and all tokens of a KV
+// tile; a narrow tile gives every warp the same 16 rows and a quarter of the tokens, and the warps' states
+// meet in shared memory at the end.
 //
-// K and V tiles alternate in one ring of slots (K0 V0 K1 V1 ...). Step h waits for its own tile, passes one barrier
-// (everybody has left step h - 1), starts the copy of step h + kSlots - 1 into the slot just left, then computes.
+// K and V tiles alternate in one ring of slots (K0 V0 K1 V1 ...). Step h waits for its own tile, passes one
+// barrier (everybody has left step h - 1), starts the copy of step h + kSlots - 1 into the slot just left,
+// then computes.
 #pragma once
 #include "load.cuh"
 #include "mma.cuh"
@@ -13,129 +15,126 @@
 
 namespace fi::sm80 {
 
+static_assert(sizeof(Task) + sizeof(int32_t) <= 128, "kPlaceBytes");
+
 struct Smem {
   uint32_t q, ring;
   TokenPlace* places;  // [2][kTileKv]
-  float* exchange;     // all of it again, once the item's copies and products are done
+  Task* task;
+  int32_t* cursor;  // next item; -1: none left. Here, not in a register that would be kept across an item
+  float* exchange;  // Q and ring again, once the item's copies and products are done
 
   __device__ explicit Smem(unsigned char* base)
-      : q(smem_address(base)), ring(q + kQBytes + 2 * kTileKv * sizeof(TokenPlace)),
-        places(reinterpret_cast<TokenPlace*>(base + kQBytes)),
+      : q(smem_address(base)),
+        ring(q + kQBytes),
+        places(reinterpret_cast<TokenPlace*>(base + kDataBytes)),
+        task(reinterpret_cast<Task*>(places + 2 * kTileKv)),
+        cursor(reinterpret_cast<int32_t*>(task + 1)),
         exchange(reinterpret_cast<float*>(base)) {}
 };
 
-// Copies of one item, in the order K0 V0 K1 V1 ...; TokenPlaces run one tile ahead of the copies, the page table one
-// more ahead in a register.
+// Copies of one item, in the order K0 V0 K1 V1 ...; TokenPlaces run one tile ahead of the copies, the page
+// table one more ahead in a register.
 struct TileStream {
+  const AttentionParams& p;
   const Smem& smem;
-  const Element *k, *v;
-  const KVCache& kv;
-  PageReader pages;
-  int first_token;  // of the first tile
-  int half_tiles;   // 2 x tiles
-  int issued = 0;
-  TokenPlace next;  // of tile issued / 2 + 1, this thread's token
+  int thread;
+  int tile = 0;     // to be copied next
+  TokenPlace next;  // of tile + 1, this thread's token
+  uint32_t slot;    // written next
 
-  __device__ TileStream(const Smem& s, const AttentionParams& p, const PageReader& reader, int kv_head, int first,
-                        int tiles)
-      : smem(s), k(static_cast<const Element*>(p.kv.k) + kv_head * p.kv.k_head),
-        v(static_cast<const Element*>(p.kv.v) + kv_head * p.kv.v_head), kv(p.kv), pages(reader), first_token(first),
-        half_tiles(2 * tiles) {
-    if (threadIdx.x < kTileKv) smem.places[threadIdx.x] = pages.find(first_token + threadIdx.x);
+  __device__ TileStream(int thread_index, const AttentionParams& params, const Smem& s)
+      : p(params), smem(s), thread(thread_index), slot(s.ring) {
+    if (thread < kTileKv) smem.places[thread] = look_up(0);
     next = look_up(1);
     __syncthreads();
   }
 
-  __device__ __forceinline__ TokenPlace look_up(int tile) const {
-    if (threadIdx.x >= kTileKv || 2 * tile >= half_tiles) return {-1, 0};
-    return pages.find(first_token + tile * kTileKv + threadIdx.x);
+  __device__ __forceinline__ TokenPlace look_up(int t) const {
+    if (thread >= kTileKv || t >= smem.task->tiles) return {-1, 0};
+    return smem.task->find(p, smem.task->first_token + t * kTileKv + thread);
   }
 
-  // Starts the copy of the next half tile, if any is left; always commits, so that groups count steps.
+  // Starts the next copy, if any is left; always commits, so that groups count steps.
+  template <bool kIsK>
   __device__ __forceinline__ void issue() {
-    if (issued < half_tiles) {
-      int tile = issued / 2;
+    if (tile < smem.task->tiles) {
       const TokenPlace* places = smem.places + (tile & 1) * kTileKv;
-      uint32_t slot = smem.ring + issued % kSlots * kSlotBytes;
-      if (issued % 2 == 0) {
+      if constexpr (kIsK) {
         // places of tile - 1 are no longer read: its V copy was started before the last barrier
-        if (threadIdx.x < kTileKv) smem.places[((tile + 1) & 1) * kTileKv + threadIdx.x] = next;
+        if (thread < kTileKv) smem.places[((tile + 1) & 1) * kTileKv + thread] = next;
         next = look_up(tile + 2);
-        load_tokens<LayoutQk>(slot, places, k, kv.k_page, kv.k_token);
+        load_tokens<LayoutQk>(thread, slot, places, smem.task->k, p.kv.k_page, p.kv.k_token);
       } else {
-        load_tokens<LayoutVo>(slot, places, v, kv.v_page, kv.v_token);
+        load_tokens<LayoutVo>(thread, slot, places, smem.task->v, p.kv.v_page, p.kv.v_token);
+        ++tile;
       }
+      slot = advance(slot);
     }
-    ++issued;
     copy_async_commit();
+  }
+
+  __device__ __forceinline__ uint32_t advance(uint32_t s) const {
+    return s + kSlotBytes == smem.ring + kSlots * kSlotBytes ? smem.ring : s + kSlotBytes;
   }
 };
 
-template <int kWarpsKv> __device__ __forceinline__ void process(const AttentionParams& p, const Args& args,
-                                                                const WorkItem& item, const Smem& smem) {
-  constexpr int kRows = 16 * kWarps / kWarpsKv;
-  constexpr int kTokens = kTileKv / kWarpsKv;  // a warp's share of a KV tile
-  int warp = threadIdx.x / 32;
-  int warp_row = kWarpsKv == 1 ? 16 * warp : 0;
-  int warp_token = kWarpsKv == 1 ? 0 : kTokens * warp;
+// The task in shared memory; all threads enter and leave at a barrier.
+template <bool kWide>
+__device__ __forceinline__ void process(const AttentionParams& p, const Args& args, const Smem& smem) {
+  constexpr int kFragments = kWide ? kWideFragments : 1;
+  constexpr int kTokens = kWide ? kTileKv : kTileKv / kWarps;  // a warp's share of a KV tile
+  const Task& task = *smem.task;
+  int thread = fresh_thread_index(), lane = thread % 32, warp = thread / 32;
+  int warp_row = kWide ? 16 * kFragments * warp : 0;
+  int warp_token = kWide ? 0 : kTokens * warp;
+  bool has_rows = task.begin + warp_row < task.end;
 
-  int q_first = p.batch.qo_indptr[item.request];
-  int q_len = p.batch.qo_indptr[item.request + 1] - q_first;
-  int kv_len = p.batch.kv_len[item.request];
-  int row_end = min(q_len * p.group, item.row_begin + kRows);
-  if (row_end <= item.row_begin) return;
-
-  RowState state;
-  state.begin(args, item.request, kv_len, q_len, p.group, item.kv_head, item.row_begin + warp_row, row_end);
-
-  // Key ranges grow with the position, so the first and the last row bound the tile's.
-  int tokens_before = kv_len - q_len;
-  int head = item.kv_head * p.group;
-  KeyRange low = Variant::keys(args, {item.request, head, tokens_before + item.row_begin / p.group, kv_len});
-  KeyRange high = Variant::keys(args, {item.request, head, tokens_before + (row_end - 1) / p.group, kv_len});
-  int key_begin = max(low.begin, 0), key_end = min(high.end, kv_len);
-  int first = key_begin / kTileKv * kTileKv;
-  if (!(item.flags & kFirstPiece)) first = max(first, item.kv_begin);
-  int last = min(key_end, item.kv_end);
-  int tiles = last > first ? (last - first + kTileKv - 1) / kTileKv : 0;
-
-  float o[kDimVo / 8][4] = {};
-  if (tiles > 0) {
-    load_queries<kRows>(smem.q, p, q_first, item.kv_head, item.row_begin, row_end);
-    TileStream stream(smem, p, PageReader(p, item.request, key_begin, key_end), item.kv_head, first, tiles);
-#pragma unroll
-    for (int i = 0; i < kSlots - 1; ++i) {
-      stream.issue();
-      if (i % 2 == 1) __syncthreads();  // the places of the next tile are in shared memory
+  RowState<kFragments> state(thread, p, args, task, task.begin + warp_row);
+  Output o[kFragments] = {};
+  if (task.tiles > 0) {
+    load_queries<kWide ? kTileQ : 16>(thread, smem.q, p, task);
+    TileStream stream(thread, p, smem);
+    constexpr bool kEven = kSlots % 2 == 0;  // the copy started in a K step is then one of V
+    stream.issue<true>();
+    if constexpr (kSlots > 2) stream.issue<false>();
+    if constexpr (kSlots > 3) {
+      __syncthreads();  // the places of tile 1 are in shared memory
+      stream.issue<true>();
     }
-    QueryFragment q;
-    for (int tile = 0; tile < tiles; ++tile) {
-      int token = first + tile * kTileKv + warp_token;
-      int slot = 2 * tile % kSlots;
+    Queries<kFragments> q(lane, smem.q, warp_row);
+    Probabilities<kTokens> probabilities[kFragments];
+    uint32_t slot = smem.ring;
+    for (int tile = 0; tile < task.tiles; ++tile) {
       copy_async_wait<kSlots - 2>();
       __syncthreads();
-      stream.issue();
-      if (tile == 0) q.load(smem.q, warp_row);
-      float s[kTokens / 8][4];
-      scores<kTokens>(s, q, smem.q, warp_row, smem.ring + slot * kSlotBytes, warp_token);
-      state.step<kTokens>(s, o, args, p.scale, token);
-
-      slot = (2 * tile + 1) % kSlots;
+      stream.issue<!kEven>();
+      if (tile == 0) q.keep();
+      if (has_rows) {
+        int token = task.first_token + tile * kTileKv + warp_token;
+#pragma unroll
+        for (int f = 0; f < kFragments; ++f) {
+          Scores<kTokens> s;
+          scores<kTokens>(lane, s, q, f, slot, warp_token);
+          state.template step<kTokens>(probabilities[f], s, o[f], f, token);
+        }
+      }
+      slot = stream.advance(slot);
       copy_async_wait<kSlots - 2>();
       __syncthreads();
-      stream.issue();
-      accumulate<kTokens>(o, s, smem.ring + slot * kSlotBytes, warp_token);
+      stream.issue<kEven>();
+      if (has_rows) accumulate<kTokens>(lane, o, probabilities, slot, warp_token);
+      slot = stream.advance(slot);
     }
     copy_async_wait<0>();
+    __syncthreads();  // the ring and Q are free again
   }
-  state.finish(p.scale);
-  __syncthreads();  // the ring and Q are free again
-  if constexpr (kWarpsKv == 1) {
-    store_wide(p, args, item, q_first, item.row_begin + warp_row, row_end, state, o);
+  state.finish();
+  if constexpr (kWide) {
+    store_wide(state, o);
   } else {
-    exchange_warps(smem.exchange, state, o);
-    store_narrow(p, args, item, q_first, row_end, smem.exchange);
-    __syncthreads();  // before the next item's copies land in the exchange
+    exchange_warps(warp, smem.exchange, state, o);
+    store_narrow(thread, p, args, task, smem.exchange);
   }
 }
 
@@ -143,14 +142,23 @@ __global__ void __launch_bounds__(kThreads, kTiles.ctas_per_sm)
     attention_kernel(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
   Smem smem(shared);
-  Args args = *reinterpret_cast<const Args*>(p.variant_args);
-  int end = p.worker_indptr[blockIdx.x + 1];
-  for (int i = p.worker_indptr[blockIdx.x]; i < end; ++i) {
-    WorkItem item = p.items[i];
-    if (item.flags & kWideTile) {
-      process<1>(p, args, item, smem);
+  const Args& args = *reinterpret_cast<const Args*>(p.variant_args);
+  if (fresh_thread_index() == 0) *smem.cursor = p.worker_indptr[blockIdx.x];
+  while (true) {
+    __syncthreads();  // the last item is done with shared memory
+    if (fresh_thread_index() == 0) {
+      int i = *smem.cursor;
+      bool left = i < p.worker_indptr[blockIdx.x + 1];
+      *smem.cursor = left ? i + 1 : -1;
+      if (left) new (smem.task) Task(p, args, p.items[i]);
+    }
+    __syncthreads();
+    if (*smem.cursor < 0) return;
+    if (smem.task->end <= smem.task->begin) continue;
+    if (smem.task->wide) {
+      process<true>(p, args, smem);
     } else {
-      process<kWarps>(p, args, item, smem);
+      process<false>(p, args, smem);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Tensor-core products of one warp: 16 query rows against kTokens tokens.
+// Tensor-core products of one warp, for fragments of 16 query rows against kTokens tokens.
 #pragma once
 #include "traits.cuh"
 
@@ -6,26 +6,48 @@ namespace fi::sm80 {
 
 constexpr int kStepsQk = kDimQk / 16;
 
-struct QueryFragment {
-  uint32_t a[kQInRegisters ? kStepsQk : 1][4];
+// What a thread holds of one fragment: per 8 columns two of row lane/4 and two of row lane/4 + 8.
+template <int kTokens>
+using Scores = float[kTokens / 8][4];
+template <int kTokens>
+using Probabilities = uint32_t[kTokens / 16][4];  // pairs of Element, as the next product wants
+using Output = float[kDimVo / 8][4];
 
-  __device__ __forceinline__ static void load_step(uint32_t (&r)[4], uint32_t smem_q, int row, int step) {
-    int lane = threadIdx.x % 32;
-    load_matrix_x4(r, smem_q + LayoutQk::offset(row + lane % 16, 2 * step + lane / 16));
+template <int kFragments>
+struct Queries {
+  uint32_t address;  // of this lane's part of the first fragment
+  uint32_t kept[kQInRegisters ? kFragments : 1][kQInRegisters ? kStepsQk : 1][4];
+
+  __device__ __forceinline__ Queries(int lane, uint32_t smem_q, int warp_row)
+      : address(smem_q + LayoutQk::offset(warp_row + lane % 16, lane / 16)) {}
+
+  __device__ __forceinline__ void read(uint32_t (&a)[4], int fragment, int step) const {
+    load_matrix_x4(a, LayoutQk::advance(address, 2 * step) + 16 * fragment * LayoutQk::kRowBytes);
   }
-  __device__ __forceinline__ void load(uint32_t smem_q, int row) {
+  __device__ __forceinline__ void keep() {
     if constexpr (kQInRegisters) {
 #pragma unroll
-      for (int s = 0; s < kStepsQk; ++s) load_step(a[s], smem_q, row, s);
+      for (int f = 0; f < kFragments; ++f)
+#pragma unroll
+        for (int step = 0; step < kStepsQk; ++step) read(kept[f][step], f, step);
+    }
+  }
+  __device__ __forceinline__ void get(uint32_t (&a)[4], int fragment, int step) const {
+    if constexpr (kQInRegisters) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = kept[fragment][step][i];
+    } else {
+      read(a, fragment, step);
     }
   }
 };
 
-// s[n] = Q K^T for tokens [token, token + kTokens) of the tile
-template <int kTokens>
-__device__ __forceinline__ void scores(float (&s)[kTokens / 8][4], const QueryFragment& q, uint32_t smem_q, int row,
-                                       uint32_t smem_k, int token) {
-  int lane = threadIdx.x % 32;
+// s = Q K^T of one fragment for tokens [token, token + kTokens) of the tile
+template <int kTokens, int kFragments>
+__device__ __forceinline__ void scores(int lane, Scores<kTokens>& s, const Queries<kFragments>& q,
+                                       int fragment, uint32_t smem_k, int token) {
+  lane = forget(lane);
+  uint32_t first = smem_k + LayoutQk::offset(token + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
   for (int n = 0; n < kTokens / 8; ++n)
 #pragma unroll
@@ -33,39 +55,36 @@ __device__ __forceinline__ void scores(float (&s)[kTokens / 8][4], const QueryFr
 #pragma unroll
   for (int step = 0; step < kStepsQk; ++step) {
     uint32_t a[4];
-    if constexpr (kQInRegisters) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = q.a[step][i];
-    } else {
-      QueryFragment::load_step(a, smem_q, row, step);
-    }
+    q.get(a, fragment, step);
+    uint32_t at = LayoutQk::advance(first, 2 * step);
 #pragma unroll
     for (int n = 0; n < kTokens / 8; n += 2) {
       uint32_t b[4];
-      load_matrix_x4(b, smem_k + LayoutQk::offset(token + 8 * n + lane % 8 + lane / 16 * 8,
-                                                  2 * step + lane / 8 % 2));
+      load_matrix_x4(b, at + 8 * n * LayoutQk::kRowBytes);
       mma_16x8x16<Element>(s[n], a, b[0], b[1]);
       mma_16x8x16<Element>(s[n + 1], a, b[2], b[3]);
     }
   }
 }
 
-// o += P V for the same tokens; P is rounded to Element
-template <int kTokens>
-__device__ __forceinline__ void accumulate(float (&o)[kDimVo / 8][4], const float (&p)[kTokens / 8][4],
-                                           uint32_t smem_v, int token) {
-  int lane = threadIdx.x % 32;
+// o += P V of all fragments for the same tokens: every V fragment is read once for all of them
+template <int kTokens, int kFragments>
+__device__ __forceinline__ void accumulate(int lane, Output (&o)[kFragments],
+                                           const Probabilities<kTokens> (&p)[kFragments], uint32_t smem_v,
+                                           int token) {
+  lane = forget(lane);
+  uint32_t first = smem_v + LayoutVo::offset(token + lane % 16, lane / 16);
 #pragma unroll
   for (int step = 0; step < kTokens / 16; ++step) {
-    uint32_t a[4] = {pack2<Element>(p[2 * step][0], p[2 * step][1]), pack2<Element>(p[2 * step][2], p[2 * step][3]),
-                     pack2<Element>(p[2 * step + 1][0], p[2 * step + 1][1]),
-                     pack2<Element>(p[2 * step + 1][2], p[2 * step + 1][3])};
 #pragma unroll
     for (int n = 0; n < kDimVo / 8; n += 2) {
       uint32_t b[4];
-      load_matrix_x4_trans(b, smem_v + LayoutVo::offset(token + 16 * step + lane % 16, n + lane / 16));
-      mma_16x8x16<Element>(o[n], a, b[0], b[1]);
-      mma_16x8x16<Element>(o[n + 1], a, b[2], b[3]);
+      load_matrix_x4_trans(b, LayoutVo::advance(first, n) + 16 * step * LayoutVo::kRowBytes);
+#pragma unroll
+      for (int f = 0; f < kFragments; ++f) {
+        mma_16x8x16<Element>(o[f][n], p[f][step], b[0], b[1]);
+        mma_16x8x16<Element>(o[f][n + 1], p[f][step], b[2], b[3]);
+      }
     }
   }
 }

@@ -6,6 +6,21 @@
 
 namespace fi::sm80 {
 
+// threadIdx.x, read again at every call: what is computed from it inside a loop then stays there, instead of
+// being kept in registers across the loop.
+__device__ __forceinline__ int fresh_thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// The same value, but the compiler cannot know: what follows from it is computed here and not kept across a
+// loop.
+__device__ __forceinline__ int forget(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -18,7 +33,8 @@ __device__ __forceinline__ void copy_async_16(uint32_t dst, const void* src, boo
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;\n" ::); }
 
-template <int kPending> __device__ __forceinline__ void copy_async_wait() {
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
@@ -58,12 +74,15 @@ __device__ __forceinline__ void mma_16x8x16<__half>(float (&d)[4], const uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-template <class Element> __device__ __forceinline__ uint32_t pack2(float lo, float hi);
-template <> __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
+template <class Element>
+__device__ __forceinline__ uint32_t pack2(float lo, float hi);
+template <>
+__device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
   __nv_bfloat162 x = __floats2bfloat162_rn(lo, hi);
   return *reinterpret_cast<uint32_t*>(&x);
 }
-template <> __device__ __forceinline__ uint32_t pack2<__half>(float lo, float hi) {
+template <>
+__device__ __forceinline__ uint32_t pack2<__half>(float lo, float hi) {
   __half2 x = __floats2half2_rn(lo, hi);
   return *reinterpret_cast<uint32_t*>(&x);
 }

@@ -10,18 +10,18 @@ struct RowTarget {
   Element* out;    // null: partial state
   float* partial;  // fp32, normalised
 
-  __device__ RowTarget(const AttentionParams& p, const Args& args, const WorkItem& item, int q_first, int packed,
-                       float sum, float max_log2, bool leader) {
+  __device__ RowTarget(const AttentionParams& p, const Args& args, const Task& task, int packed, float sum,
+                       float max_log2, bool leader) {
     State row_state{max_log2, sum};
-    if (item.slot >= 0) {
-      int64_t state = int64_t(item.slot) * kTileQ + packed - item.row_begin;
+    if (task.slot >= 0) {
+      int64_t state = int64_t(task.slot) * kTileQ + packed - task.begin;
       out = nullptr;
       partial = p.partial_o + state * kDimVo;
       if (leader) p.partial_lse[state] = row_state.lse();
       factor = row_state.inverse();
     } else {
-      int token = packed / p.group, head = item.kv_head * p.group + packed - token * p.group;
-      int64_t row = q_first + token;
+      int head = task.head_of(p, packed);
+      int64_t row = task.q_first + task.token_of(p, packed);
       float keep = 1.f;
       if constexpr (Variant::kHasSink) keep = row_state.join(Variant::sink(args, head) * kLog2e).keep;
       factor = keep * row_state.inverse();
@@ -40,29 +40,29 @@ struct RowTarget {
   }
 };
 
-// packed: the warp's first row
-__device__ __forceinline__ void store_wide(const AttentionParams& p, const Args& args, const WorkItem& item,
-                                           int q_first, int packed, int row_end, const RowState& state,
-                                           const float (&o)[kDimVo / 8][4]) {
-  int lane = threadIdx.x % 32;
+__device__ __forceinline__ void store_wide(const RowState<kWideFragments>& state,
+                                           const Output (&o)[kWideFragments]) {
+  const Task& task = state.task;
+  int thread = fresh_thread_index(), lane = thread % 32;  // nothing of the store lives in a register before
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    int row = packed + lane / 4 + 8 * i;
-    if (row >= row_end) continue;
-    RowTarget target(p, args, item, q_first, row, state.sum[i], state.max[i], lane % 4 == 0);
+  for (int i = 0; i < state.kRows; ++i) {
+    int row = task.begin + thread / 32 * 16 * kWideFragments + state.row_of(i, lane);
+    if (row >= task.end) continue;
+    RowTarget target(state.p, state.args, task, row, state.sum[i], state.max[i], lane % 4 == 0);
 #pragma unroll
-    for (int n = 0; n < kDimVo / 8; ++n) target.store2(8 * n + lane % 4 * 2, o[n][2 * i], o[n][2 * i + 1]);
+    for (int n = 0; n < kDimVo / 8; ++n)
+      target.store2(8 * n + lane % 4 * 2, o[i / 2][n][i % 2 * 2], o[i / 2][n][i % 2 * 2 + 1]);
   }
 }
 
 // Narrow tiles: [kWarps][16] max, the same of sum, then [kWarps][16][kDimVo] o, unnormalised.
-__device__ __forceinline__ void exchange_warps(float* exchange, const RowState& state,
-                                               const float (&o)[kDimVo / 8][4]) {
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+__device__ __forceinline__ void exchange_warps(int warp, float* exchange, const RowState<1>& state,
+                                               const Output (&o)[1]) {
+  int lane = state.lane;
   float* values = exchange + 2 * kWarps * 16;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    int row = warp * 16 + lane / 4 + 8 * i;
+    int row = warp * 16 + state.row_of(i, lane);
     if (lane % 4 == 0) {
       exchange[row] = state.max[i];
       exchange[kWarps * 16 + row] = state.sum[i];
@@ -71,17 +71,18 @@ __device__ __forceinline__ void exchange_warps(float* exchange, const RowState& 
     for (int n = 0; n < kDimVo / 8; ++n) {
       // rows are kDimVo floats apart: rotate the columns so that the warp's eight rows spread over the banks
       int column = (8 * n + lane % 4 * 2 + lane / 4 * 8) % kDimVo;
-      *reinterpret_cast<float2*>(values + row * kDimVo + column) = make_float2(o[n][2 * i], o[n][2 * i + 1]);
+      *reinterpret_cast<float2*>(values + row * kDimVo + column) =
+          make_float2(o[0][n][2 * i], o[0][n][2 * i + 1]);
     }
   }
   __syncthreads();
 }
 
-__device__ __forceinline__ void store_narrow(const AttentionParams& p, const Args& args, const WorkItem& item,
-                                             int q_first, int row_end, const float* exchange) {
+__device__ __forceinline__ void store_narrow(int thread, const AttentionParams& p, const Args& args,
+                                             const Task& task, const float* exchange) {
   constexpr int kThreadsPerRow = kThreads / 16;
-  int row = threadIdx.x / kThreadsPerRow, part = threadIdx.x % kThreadsPerRow;
-  if (item.row_begin + row >= row_end) return;
+  int row = thread / kThreadsPerRow, part = thread % kThreadsPerRow;
+  if (task.begin + row >= task.end) return;
   const float* values = exchange + 2 * kWarps * 16;
   float top = -INFINITY;
 #pragma unroll
@@ -93,7 +94,7 @@ __device__ __forceinline__ void store_narrow(const AttentionParams& p, const Arg
     weight[w] = max == -INFINITY ? 0.f : exp2_approx(max - top);
     sum += weight[w] * exchange[(kWarps + w) * 16 + row];
   }
-  RowTarget target(p, args, item, q_first, item.row_begin + row, sum, top, part == 0);
+  RowTarget target(p, args, task, task.begin + row, sum, top, part == 0);
 #pragma unroll 4
   for (int c = 2 * part; c < kDimVo; c += 2 * kThreadsPerRow) {
     float x = 0.f, y = 0.f;

@@ -1,5 +1,5 @@
-// Joins the partial states of tiles that were split over KV, in slot order, so that results do not depend on timing.
-// One block a merge entry, one warp a row.
+// Joins the partial states of tiles that were split over KV, in slot order, so that results do not depend on
+// timing. One block a merge entry, one warp a row.
 #pragma once
 #include "../state.h"
 
@@ -9,7 +9,8 @@ constexpr int kMergeWarps = 8;
 
 // Pieces beyond 32 are taken in rounds of 32, the running state carried along.
 template <class Element, class Variant, class Args, int kTileQ, int kTileQNarrow, int kDimVo>
-__global__ void __launch_bounds__(32 * kMergeWarps, 2) merge_kernel(const __grid_constant__ AttentionParams p) {
+__global__ void __launch_bounds__(32 * kMergeWarps, 2)
+    merge_kernel(const __grid_constant__ AttentionParams p) {
   constexpr int kVectors = (kDimVo + 127) / 128;  // float4 a lane
   Args args = *reinterpret_cast<const Args*>(p.variant_args);
   int lane = threadIdx.x % 32;
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2) merge_kernel(const __grid
         top = new_top;
         sum *= keep;
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) o[v] = {o[v].x * keep, o[v].y * keep, o[v].z * keep, o[v].w * keep};
+        for (int v = 0; v < kVectors; ++v)
+          o[v] = {o[v].x * keep, o[v].y * keep, o[v].z * keep, o[v].w * keep};
         const float* partial = p.partial_o + state * kDimVo + 4 * lane;
 #pragma unroll 8
         for (int i = 0; i < count; ++i) {

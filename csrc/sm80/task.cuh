@@ -1,0 +1,81 @@
+// One work item, made ready by one thread in shared memory. Threads read it there whenever they need it: held
+// in registers it would not fit beside a wide tile.
+#pragma once
+#include "traits.cuh"
+
+#include <new>
+
+namespace fi::sm80 {
+
+// Where a KV token lives; page < 0: outside the keys of this tile, filled with zeros and never read.
+struct TokenPlace {
+  int32_t page, offset;
+};
+
+struct Task {
+  const Element *k, *v;    // of the KV head
+  const int32_t* entries;  // the request's row of the page table
+  int32_t request, kv_head;
+  int32_t q_first;  // first query token of the request
+  int32_t q_pos;    // its position among the keys
+  int32_t kv_len;
+  int32_t begin, end;  // packed rows of the tile; none: nothing to do
+  int32_t slot;        // of the partial state; -1: straight to the output
+  int32_t wide;
+  int32_t key_begin, key_end;  // keys that some row of the tile may see
+  int32_t first_token, tiles;  // KV tiles of this piece
+
+  __device__ Task(const AttentionParams& p, const Args& args, const WorkItem& item)
+      : request(item.request),
+        kv_head(item.kv_head),
+        begin(item.row_begin),
+        slot(item.slot),
+        wide(item.flags & kWideTile) {
+    k = static_cast<const Element*>(p.kv.k) + kv_head * p.kv.k_head;
+    v = static_cast<const Element*>(p.kv.v) + kv_head * p.kv.v_head;
+    int64_t start = request;
+    if (p.batch.starts) {
+      start = p.batch.starts_are_64 ? static_cast<const int64_t*>(p.batch.starts)[request]
+                                    : static_cast<const int32_t*>(p.batch.starts)[request];
+    }
+    entries = p.batch.table + start * p.batch.start_stride;
+    q_first = p.batch.qo_indptr[request];
+    int q_len = p.batch.qo_indptr[request + 1] - q_first;
+    kv_len = p.batch.kv_len[request];
+    q_pos = kv_len - q_len;
+    end = min(q_len * p.group, begin + (wide ? kTileQ : kTiles.q_narrow));
+    if (end <= begin) return;
+    // Key ranges grow with the position, so the first and the last row bound the tile's.
+    key_begin = keys(args, row(p, begin)).begin;
+    key_end = keys(args, row(p, end - 1)).end;
+    first_token = key_begin / kTileKv * kTileKv;
+    if (!(item.flags & kFirstPiece)) first_token = max(first_token, item.kv_begin);
+    int last = min(key_end, item.kv_end);
+    tiles = last > first_token ? (last - first_token + kTileKv - 1) / kTileKv : 0;
+  }
+
+  __device__ __forceinline__ int token_of(const AttentionParams& p, int packed) const {
+    return packed / p.group;
+  }
+  __device__ __forceinline__ int head_of(const AttentionParams& p, int packed) const {
+    return kv_head * p.group + packed % p.group;
+  }
+  // rows past the end repeat the last one
+  __device__ __forceinline__ Row row(const AttentionParams& p, int packed) const {
+    packed = min(packed, end - 1);
+    return {request, head_of(p, packed), q_pos + token_of(p, packed), kv_len};
+  }
+  // clamped to [0, kv_len]
+  __device__ __forceinline__ KeyRange keys(const Args& args, const Row& r) const {
+    KeyRange x = Variant::keys(args, r);
+    return {max(x.begin, 0), min(x.end, kv_len)};
+  }
+  __device__ __forceinline__ TokenPlace find(const AttentionParams& p, int token) const {
+    if (token < key_begin || token >= key_end) return {-1, 0};
+    int page = token / p.kv.page_size;
+    int entry = entries[int64_t(page) * p.batch.entry_step];
+    return {p.batch.entries_are_slots ? entry / p.kv.page_size : entry, token - page * p.kv.page_size};
+  }
+};
+
+}  // namespace fi::sm80
