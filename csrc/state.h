@@ -11,8 +11,8 @@ namespace fi {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Running softmax denominator: weight(i) = exp2(logit_i - max), sum = sum of weights. Empty: max = -inf, sum = 0.
-// A joined value is  o = o * keep + take * o_new,  and at the end  o * inverse().
+// Running softmax denominator: weight(i) = exp2(logit_i - max), sum = sum of weights. Empty: max = -inf, sum
+// = 0. A joined value is  o = o * keep + take * o_new,  and at the end  o * inverse().
 struct State {
   float max, sum;
 

@@ -12,35 +12,36 @@ from .formats import KVCache
 from .variants import CAUSAL, WINDOW, Variant
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plan import Plan, Planner
 
 
 @dataclass
-class _Bound:
-    """A plan as C++ sees it. Lives and dies with its plan."""
+class _Runner:
+    """What stays the same for all plans of a planner."""
 
-    storage: torch.Tensor  # a BoundPlan: raw pointers into tensors that the plan keeps alive
     arch: int
     scale: float
     debug: bool
     call: Any
-    executors: dict[
-        tuple[Variant, torch.dtype], jit.Executor
-    ]  # the planner's: plans come and go with every step
+    executors: dict[tuple[Variant, torch.dtype], jit.Executor]
 
 
-def _bind(plan: Plan) -> _Bound:
-    planner, batch, core = plan.planner, plan.batch, jit.core()
-    arch = jit.arch_of(planner.device)
-    tiles, compiled = (
-        planner.tiles,
-        tuple(core.plan_tiles(arch, planner.head_dim_qk, planner.head_dim_vo))[:3],
-    )
-    if (tiles.q_wide, tiles.q_narrow, tiles.kv) != compiled:
+def _runner(planner: Planner) -> _Runner:
+    core, arch, tiles = jit.core(), jit.arch_of(planner.device), planner.tiles
+    found = (tiles.q_wide, tiles.q_narrow, tiles.kv)
+    compiled = tuple(core.plan_tiles(arch, planner.head_dim_qk, planner.head_dim_vo))[:3]
+    if found != compiled:
         raise ValueError(
-            f"expected tiles of {compiled} (q_wide, q_narrow, kv: what the executor is compiled for), "
-            f"got {(tiles.q_wide, tiles.q_narrow, tiles.kv)}"
+            f"expected tiles of {compiled} (q_wide, q_narrow, kv of the compiled executor), got {found}"
         )
+    runner = _Runner(arch, planner.head_dim_qk**-0.5, env.debug(), core.run, {})
+    planner.__dict__["_runner"] = runner
+    return runner
+
+
+def _bind(plan: Plan) -> torch.Tensor:
+    """The plan as C++ sees it: a BoundPlan, raw pointers into tensors that the plan keeps alive."""
+    planner, batch, core = plan.planner, plan.batch, jit.core()
     storage = torch.empty(core.bound_bytes(), dtype=torch.uint8, device="cpu")
     core.bind(
         storage,
@@ -59,28 +60,19 @@ def _bind(plan: Plan) -> _Bound:
         plan.merges,
         plan.partial_o,
         plan.partial_lse,
-        tiles.workers,
+        planner.tiles.workers,
         planner.kv_heads,
-        planner.q_heads // planner.kv_heads,
+        planner.group,
         planner.head_dim_qk,
         planner.head_dim_vo,
     )
-    bound = _Bound(
-        storage,
-        arch,
-        planner.head_dim_qk**-0.5,
-        env.debug(),
-        core.run,
-        planner.__dict__.setdefault("_executors", {}),
-    )
-    plan.__dict__["_bound"] = bound  # a cache: the plan itself stays frozen
-    return bound
+    plan.__dict__["_bound"] = storage  # a cache: the plan itself stays frozen
+    return storage
 
 
-def _load(plan: Plan, bound: _Bound, variant: Variant, dtype: torch.dtype) -> jit.Executor:
+def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtype) -> jit.Executor:
     if not isinstance(variant, Variant):
         raise TypeError(f"expected variant to be a Variant, got {type(variant).__name__}")
-    planner = plan.planner
     if planner.causal and CAUSAL not in variant:
         raise ValueError(f"expected a causal variant (the plan dropped keys after each row), got {variant}")
     if planner.window is not None and WINDOW not in variant:
@@ -89,8 +81,8 @@ def _load(plan: Plan, bound: _Bound, variant: Variant, dtype: torch.dtype) -> ji
         )
     if dtype not in jit.DTYPES:
         raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
-    spec = jit.Spec(bound.arch, jit.DTYPES[dtype], planner.head_dim_qk, planner.head_dim_vo, variant)
-    found = bound.executors[variant, dtype] = jit.executor(spec)
+    spec = jit.Spec(runner.arch, jit.DTYPES[dtype], planner.head_dim_qk, planner.head_dim_vo, variant)
+    found = runner.executors[variant, dtype] = jit.executor(spec)
     return found
 
 
@@ -117,9 +109,9 @@ def run(
     ValueError or TypeError for inputs that do not fit the plan, RuntimeError when a kernel cannot be built
     or launched.
     """
-    bound = plan.__dict__.get("_bound") or _bind(plan)
-    executor = bound.executors.get((variant, q.dtype)) or _load(plan, bound, variant, q.dtype)
     planner = plan.planner
+    runner = planner.__dict__.get("_runner") or _runner(planner)
+    executor = runner.executors.get((variant, q.dtype)) or _load(planner, runner, variant, q.dtype)
     args = variant.pack(variant_args, planner.q_heads, planner.device)
     if planner.window is not None and variant_args["window"] > planner.window:
         raise ValueError(
@@ -127,11 +119,14 @@ def run(
         )
     if out is None:
         out = q.new_empty(q.shape[0], planner.q_heads, planner.head_dim_vo)
-    if bound.debug:
+    if runner.debug:
         debug.check_page_table(plan.batch, kv.num_pages, planner.window)
     if scale is None:
-        scale = bound.scale
-    bound.call(bound.storage, executor.attention, executor.error, q, kv.k, kv.v, out, lse, scale, args)
+        scale = runner.scale
+    storage = plan.__dict__.get("_bound")
+    if storage is None:
+        storage = _bind(plan)
+    runner.call(storage, executor.attention, executor.error, q, kv.k, kv.v, out, lse, scale, args)
     return out
 
 

@@ -1,5 +1,9 @@
+import os
 import sys
 from pathlib import Path
+
+# before torch loads OpenMP: threads that spin while they wait starve the other test processes of two cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -69,8 +69,7 @@ def test_lengths_below_the_planned_ones(variant: str, batch_invariant: bool) -> 
     checks.check_upper_bound(replace(LONG, variant=variant), "cuda", batch_invariant=batch_invariant)
 
 
-def test_same_bits_of_structure_as_the_cpu() -> None:
-    """One definition, two executors: outputs differ by rounding alone."""
+def test_differs_from_the_cpu_by_rounding_alone() -> None:
     case = replace(LONG, variant="CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS", window=700)
     outs = []
     for device in ("cpu", "cuda"):

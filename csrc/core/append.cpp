@@ -10,21 +10,22 @@ void check_new(const char* name, const TensorView& x, const TensorView& cache, i
   require_dtype(name, x, cache.dtype());
   FI_REQUIRE(x.ndim() == 3 && x.size(0) >= tokens && x.size(1) == cache.size(2) && x.size(2) == cache.size(3),
              ValueError)
-      << "expected " << name << " of shape [" << tokens << " or more, " << cache.size(2) << ", " << cache.size(3)
-      << "], got " << shape_text(x);
+      << "expected " << name << " of shape [" << tokens << " or more, " << cache.size(2) << ", "
+      << cache.size(3) << "], got " << shape_text(x);
   require_rows(name, x, gpu);
   require_rows("cache", cache, gpu);
 }
 
 // One side of the cache, K or V.
-void scatter(const void* from, int64_t from_token, int64_t from_head, void* to, int64_t to_page, int64_t to_token,
-             int64_t to_head, int64_t row_bytes, const AppendParams& p) {
+void scatter(const void* from, int64_t from_token, int64_t from_head, void* to, int64_t to_page,
+             int64_t to_token, int64_t to_head, int64_t row_bytes, const AppendParams& p) {
   for (int32_t i = 0; i < p.tokens; ++i) {
     int64_t slot = p.slot_mapping[i];
     if (slot < 0) continue;
     int64_t page = slot / p.kv.page_size, offset = slot % p.kv.page_size;
     for (int32_t h = 0; h < p.kv_heads; ++h) {
-      const char* source = static_cast<const char*>(from) + (i * from_token + h * from_head) * p.element_bytes;
+      const char* source =
+          static_cast<const char*>(from) + (i * from_token + h * from_head) * p.element_bytes;
       int64_t target = page * to_page + offset * to_token + h * to_head;
       std::memcpy(static_cast<char*>(to) + target * p.element_bytes, source, size_t(row_bytes));
     }
@@ -34,8 +35,9 @@ void scatter(const void* from, int64_t from_token, int64_t from_head, void* to, 
 void append_cpu(const AppendParams& p) {
   int64_t slots = int64_t(p.kv.num_pages) * p.kv.page_size;
   for (int32_t i = 0; i < p.tokens; ++i) {  // before the first write: nothing is half done
-    FI_REQUIRE(p.slot_mapping[i] < slots, ValueError) << "expected slots below " << slots << " (pages x page_size), got "
-                                                      << p.slot_mapping[i] << " for token " << i;
+    FI_REQUIRE(p.slot_mapping[i] < slots, ValueError)
+        << "expected slots below " << slots << " (pages x page_size), got " << p.slot_mapping[i]
+        << " for token " << i;
   }
   scatter(p.k, p.k_token, p.k_head, p.kv.k, p.kv.k_page, p.kv.k_token, p.kv.k_head, p.bytes_qk, p);
   scatter(p.v, p.v_token, p.v_head, p.kv.v, p.kv.v_page, p.kv.v_token, p.kv.v_head, p.bytes_vo, p);

@@ -7,7 +7,8 @@ namespace {
 
 constexpr DLDataType kFloat32{kDLFloat, 32, 1};
 
-void check_cache(const BoundPlan& plan, const TensorView& q, const TensorView& k, const TensorView& v, bool gpu) {
+void check_cache(const BoundPlan& plan, const TensorView& q, const TensorView& k, const TensorView& v,
+                 bool gpu) {
   require_device("k", k, plan.device);
   require_device("v", v, plan.device);
   require_dtype("k", k, q.dtype());
@@ -45,7 +46,8 @@ void check_rows(const BoundPlan& plan, const TensorView& q, const TensorView& ou
   FI_REQUIRE(q.size(1) == q_heads, ValueError)
       << "expected " << q_heads << " q heads (" << plan.params.kv_heads << " kv heads x group "
       << plan.params.group << "), got " << q.size(1);
-  FI_REQUIRE(out.size(0) == q.size(0) && out.size(1) == q_heads && out.size(2) == plan.head_dim_vo, ValueError)
+  FI_REQUIRE(out.size(0) == q.size(0) && out.size(1) == q_heads && out.size(2) == plan.head_dim_vo,
+             ValueError)
       << "expected out of shape [" << q.size(0) << ", " << q_heads << ", " << plan.head_dim_vo << "], got "
       << shape_text(out);
   require_rows("q", q, gpu);
@@ -73,8 +75,8 @@ KVCache cache_view(const TensorView& k, const TensorView& v) {
 
 void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, const TensorView& worker_indptr,
           const TensorView& items, const TensorView& merges, const TensorView& partial_o,
-          const TensorView& partial_lse, int64_t workers, int64_t kv_heads, int64_t group, int64_t head_dim_qk,
-          int64_t head_dim_vo) {
+          const TensorView& partial_lse, int64_t workers, int64_t kv_heads, int64_t group,
+          int64_t head_dim_qk, int64_t head_dim_vo) {
   bound = BoundPlan{};
   bound.device = header.device();
   bound.page_size = int32_t(batch.page_size);
@@ -107,9 +109,9 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
   bound.params.group = int32_t(group);
 }
 
-void run(const BoundPlan& bound, int64_t function, int64_t error_text, const TensorView& q, const TensorView& k,
-         const TensorView& v, const TensorView& out, const Optional<TensorView>& lse, double scale,
-         const char* variant_args, size_t variant_bytes) {
+void run(const BoundPlan& bound, int64_t function, int64_t error_text, const TensorView& q,
+         const TensorView& k, const TensorView& v, const TensorView& out, const Optional<TensorView>& lse,
+         double scale, const char* variant_args, size_t variant_bytes) {
   bool gpu = bound.device.device_type != kDLCPU;
   check_rows(bound, q, out, lse, gpu);
   check_cache(bound, q, k, v, gpu);

@@ -1,4 +1,5 @@
-// Attention at the door: what a plan fixes is bound once, what changes from layer to layer is checked per call.
+// Attention at the door: what a plan fixes is bound once, what changes from layer to layer is checked per
+// call.
 #pragma once
 #include "door.h"
 #include "params.h"
@@ -21,12 +22,12 @@ struct BatchArgs {
 
 void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, const TensorView& worker_indptr,
           const TensorView& items, const TensorView& merges, const TensorView& partial_o,
-          const TensorView& partial_lse, int64_t workers, int64_t kv_heads, int64_t group, int64_t head_dim_qk,
-          int64_t head_dim_vo);
+          const TensorView& partial_lse, int64_t workers, int64_t kv_heads, int64_t group,
+          int64_t head_dim_qk, int64_t head_dim_vo);
 
-void run(const BoundPlan& bound, int64_t function, int64_t error_text, const TensorView& q, const TensorView& k,
-         const TensorView& v, const TensorView& out, const Optional<TensorView>& lse, double scale,
-         const char* variant_args, size_t variant_bytes);
+void run(const BoundPlan& bound, int64_t function, int64_t error_text, const TensorView& q,
+         const TensorView& k, const TensorView& v, const TensorView& out, const Optional<TensorView>& lse,
+         double scale, const char* variant_args, size_t variant_bytes);
 
 // function, error_text: addresses in the smxx library; 0 on the CPU, where this file appends by itself.
 void append(int64_t function, int64_t error_text, const TensorView& k_cache, const TensorView& v_cache,

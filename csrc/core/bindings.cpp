@@ -11,7 +11,8 @@ BoundPlan& bound_in(const TensorView& storage) {
   FI_REQUIRE(storage.device().device_type == kDLCPU && storage.IsContiguous() &&
                  storage.numel() * element_bytes(storage) >= int64_t(sizeof(BoundPlan)),
              ValueError)
-      << "expected bound-plan storage of " << sizeof(BoundPlan) << " bytes on the CPU, got " << shape_text(storage);
+      << "expected bound-plan storage of " << sizeof(BoundPlan) << " bytes on the CPU, got "
+      << shape_text(storage);
   return *reinterpret_cast<BoundPlan*>(data_of(storage));
 }
 
@@ -19,17 +20,20 @@ int64_t bound_bytes() { return sizeof(BoundPlan); }
 
 void bind_plan(TensorView storage, TensorView qo_indptr, TensorView kv_len, TensorView table,
                Optional<TensorView> starts, int64_t start_stride, int64_t entry_step, bool entries_are_slots,
-               int64_t table_size, int64_t page_size, TensorView header, TensorView worker_indptr, TensorView items,
-               TensorView merges, TensorView partial_o, TensorView partial_lse, int64_t workers, int64_t kv_heads,
-               int64_t group, int64_t head_dim_qk, int64_t head_dim_vo) {
-  BatchArgs batch{qo_indptr, kv_len, table, starts, start_stride, entry_step, table_size, page_size, entries_are_slots};
-  bind(bound_in(storage), batch, header, worker_indptr, items, merges, partial_o, partial_lse, workers, kv_heads,
-       group, head_dim_qk, head_dim_vo);
+               int64_t table_size, int64_t page_size, TensorView header, TensorView worker_indptr,
+               TensorView items, TensorView merges, TensorView partial_o, TensorView partial_lse,
+               int64_t workers, int64_t kv_heads, int64_t group, int64_t head_dim_qk, int64_t head_dim_vo) {
+  BatchArgs batch{qo_indptr,  kv_len,     table,     starts,           start_stride,
+                  entry_step, table_size, page_size, entries_are_slots};
+  bind(bound_in(storage), batch, header, worker_indptr, items, merges, partial_o, partial_lse, workers,
+       kv_heads, group, head_dim_qk, head_dim_vo);
 }
 
-void run_plan(TensorView storage, int64_t function, int64_t error_text, TensorView q, TensorView k, TensorView v,
-              TensorView out, Optional<TensorView> lse, double scale, tvm::ffi::Bytes variant_args) {
-  run(bound_in(storage), function, error_text, q, k, v, out, lse, scale, variant_args.data(), variant_args.size());
+void run_plan(TensorView storage, int64_t function, int64_t error_text, TensorView q, TensorView k,
+              TensorView v, TensorView out, Optional<TensorView> lse, double scale,
+              tvm::ffi::Bytes variant_args) {
+  run(bound_in(storage), function, error_text, q, k, v, out, lse, scale, variant_args.data(),
+      variant_args.size());
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Checks at the door: small helpers that raise one clear Python exception with the value found and the one wanted.
+// Checks at the door: small helpers that raise one clear Python exception with the value found and the one
+// wanted.
 #pragma once
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
@@ -27,11 +28,16 @@ inline std::string shape_text(const TensorView& x) {
 
 inline std::string dtype_text(DLDataType t) {
   switch (t.code) {
-    case kDLBfloat: return "bfloat" + std::to_string(t.bits);
-    case kDLFloat: return "float" + std::to_string(t.bits);
-    case kDLInt: return "int" + std::to_string(t.bits);
-    case kDLUInt: return "uint" + std::to_string(t.bits);
-    default: return "dtype code " + std::to_string(t.code) + " of " + std::to_string(t.bits) + " bits";
+    case kDLBfloat:
+      return "bfloat" + std::to_string(t.bits);
+    case kDLFloat:
+      return "float" + std::to_string(t.bits);
+    case kDLInt:
+      return "int" + std::to_string(t.bits);
+    case kDLUInt:
+      return "uint" + std::to_string(t.bits);
+    default:
+      return "dtype code " + std::to_string(t.code) + " of " + std::to_string(t.bits) + " bits";
   }
 }
 
@@ -39,7 +45,9 @@ inline std::string device_text(DLDevice d) {
   return d.device_type == kDLCPU ? "cpu" : "cuda:" + std::to_string(d.device_id);
 }
 
-inline bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
+inline bool same(DLDataType a, DLDataType b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
 inline bool same(DLDevice a, DLDevice b) {
   return a.device_type == b.device_type && (a.device_type == kDLCPU || a.device_id == b.device_id);
 }
@@ -55,7 +63,8 @@ inline void require_dtype(const char* name, const TensorView& x, DLDataType want
 }
 
 inline void require_rank(const char* name, const TensorView& x, int rank, const char* shape) {
-  FI_REQUIRE(x.ndim() == rank, ValueError) << "expected " << name << " " << shape << ", got shape " << shape_text(x);
+  FI_REQUIRE(x.ndim() == rank, ValueError)
+      << "expected " << name << " " << shape << ", got shape " << shape_text(x);
 }
 
 // Rows are read by vector loads: the last dimension is contiguous, and on a GPU every row starts at 16 bytes.
@@ -80,7 +89,8 @@ inline void* stream_of(DLDevice d) {
 
 // Calls a function of a kernel library by the address Python's dlopen gave; 0 is success.
 template <class Params>
-void call_library(int64_t function, int64_t error_text, const Params& params, DLDevice device, const char* what) {
+void call_library(int64_t function, int64_t error_text, const Params& params, DLDevice device,
+                  const char* what) {
   auto call = reinterpret_cast<int (*)(const Params*, void*)>(function);
   int code = call(&params, stream_of(device));
   FI_REQUIRE(code == 0, RuntimeError) << what << " failed on " << device_text(device) << ": "

@@ -29,7 +29,8 @@ using spec::Variant;
 constexpr Tiles kTiles = tiles_for(kArchCpu, kHeadDimQk, kHeadDimVo);
 constexpr int kRows = kTiles.q_wide, kKeys = kTiles.kv;
 constexpr int kPadQk = pad(kHeadDimQk, kLanes), kPadVo = pad(kHeadDimVo, 4 * kLanes);
-static_assert(kRows % 2 == 0 && kTiles.q_narrow % 2 == 0 && kKeys % 4 == 0, "tile_math works on 2 rows, 4 keys");
+static_assert(kRows % 2 == 0 && kTiles.q_narrow % 2 == 0 && kKeys % 4 == 0,
+              "tile_math works on 2 rows, 4 keys");
 
 // Everything one thread needs for one work item. Padding stays 0 from the start.
 struct alignas(64) Tile {
@@ -158,8 +159,9 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
     top = s[j] > top ? s[j] : top;
   }
   State& state = t.state[i];
-  float reference = state.max > top ? state.max : top;  // one reference for old and new: nothing to rescale twice
-  if (reference == -INFINITY) {  // a logits transform hid every key
+  float reference =
+      state.max > top ? state.max : top;  // one reference for old and new: nothing to rescale twice
+  if (reference == -INFINITY) {           // a logits transform hid every key
     std::fill_n(s + lo, hi - lo, 0.f);
     return 1.f;
   }
@@ -191,7 +193,8 @@ void attend(const AttentionParams& p, const Args& args, const WorkItem& w, Tile&
 }
 
 // A finished row: the sink, at most one, joins here and nowhere else.
-void write_row(const AttentionParams& p, const Args& args, const WorkItem& w, int i, State state, const float* o) {
+void write_row(const AttentionParams& p, const Args& args, const WorkItem& w, int i, State state,
+               const float* o) {
   Place at = place_of(p, w, i);
   float keep = 1.f;
   if constexpr (Variant::kHasSink) keep = state.join(Variant::sink(args, at.head) * kLog2e).keep;

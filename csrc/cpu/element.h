@@ -35,14 +35,20 @@ inline float to_float(F16 x) {
 }
 
 // Round to nearest, ties to even.
-template <class T> T from_float(float x);
-template <> inline float from_float<float>(float x) { return x; }
-template <> inline BF16 from_float<BF16>(float x) {
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline BF16 from_float<BF16>(float x) {
   uint32_t u = bits_of(x);
   if (x != x) return {uint16_t(u >> 16 | 0x40)};  // rounding could carry a NaN into infinity
   return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
 }
-template <> inline F16 from_float<F16>(float x) {
+template <>
+inline F16 from_float<F16>(float x) {
   uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
   uint32_t half;
   if (magnitude > 0x7f800000) {

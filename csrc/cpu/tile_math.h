@@ -17,7 +17,8 @@ inline float sum_of(Vec v) {
   return s;
 }
 
-// s[i][j] = scale * q[i] . k[j] for 2 rows and all keys; rows of q and k are kPadded floats, keys a multiple of 4.
+// s[i][j] = scale * q[i] . k[j] for 2 rows and all keys; rows of q and k are kPadded floats, keys a multiple
+// of 4.
 template <int kPadded, int kKeys>
 inline void dot_rows(const float* q, const float* k, int keys, float scale, float* s) {
   constexpr int kVecs = kPadded / kLanes;
@@ -39,7 +40,8 @@ inline void dot_rows(const float* q, const float* k, int keys, float scale, floa
   }
 }
 
-// o[i] = o[i] * keep[i] + sum_j p[i][j] * v[j] for 2 rows; rows of o and v are kPadded floats, a multiple of 32.
+// o[i] = o[i] * keep[i] + sum_j p[i][j] * v[j] for 2 rows; rows of o and v are kPadded floats, a multiple
+// of 32.
 template <int kPadded, int kKeys>
 inline void add_values(const float* p, const float* v, int keys, const float* keep, float* o) {
   constexpr int kVecs = kPadded / kLanes;
@@ -62,7 +64,7 @@ inline void add_values(const float* p, const float* v, int keys, const float* ke
 // 2^x for x <= 0, relative error 2e-7; below -126 it is 0, NaN stays. No call, so loops over it vectorise.
 inline float exp2_negative(float x) {
   float clamped = x < -126.f ? -126.f : x;
-  float rounded = clamped + 12582912.f;  // 1.5 * 2^23: the integer part now sits in the low bits
+  float rounded = clamped + 12582912.f;        // 1.5 * 2^23: the integer part now sits in the low bits
   float f = clamped - (rounded - 12582912.f);  // [-0.5, 0.5]
   float poly = 1.5403530e-4f;
   poly = poly * f + 1.3333558e-3f;
