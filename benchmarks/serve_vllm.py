@@ -19,10 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .lengths import sharegpt
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -139,13 +138,27 @@ def child(args: argparse.Namespace) -> None:
             figure(case=case, failed="no time left")
 
 
+def machine() -> dict[str, str]:
+    """Card, driver, versions; asked in another process, because a CUDA context here would hold GPU memory."""
+    code = (
+        "import json, torch, vllm; from benchmarks.__main__ import meta;"
+        "device = torch.device('cuda' if torch.cuda.is_available() else 'cpu');"
+        "print(json.dumps({**meta(device), 'vllm': vllm.__version__}))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found: dict[str, str] = json.loads(output.stdout.splitlines()[-1])
+    return found
+
+
 class Report:
     """The results file, written again after every figure."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, meta: dict[str, str]) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self.meta: dict[str, str] = {}
+        self.meta = meta
 
     def add(self, **row: Any) -> None:
         self.rows.append({"suite": "serve", **row})
@@ -179,7 +192,7 @@ def engine(
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **ENVIRONMENT, "FI_CACHE_DIR": str(cache)},
-        cwd=Path(__file__).resolve().parent.parent,
+        cwd=ROOT,
     )
     limit = threading.Timer(seconds, process.kill)
     limit.start()
@@ -215,7 +228,7 @@ def main() -> None:
         child(args)
         return
     end = time.monotonic() + 60 * args.minutes
-    report = Report(args.out)
+    report = Report(args.out, machine())
     with tempfile.TemporaryDirectory() as folder:
         model, cache = Path(folder, "llama-8b"), Path(folder, "kernels")
         model.mkdir()
@@ -229,10 +242,6 @@ def main() -> None:
                 continue
             share = left / 2 if condition == "first" else left
             engine(backend, condition, share, args, model, cache, report)
-    from .__main__ import meta
-
-    report.meta = meta(torch.device("cuda"))
-    report.write()
 
 
 if __name__ == "__main__":

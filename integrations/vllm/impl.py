@@ -103,9 +103,7 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        tokens = slot_mapping.shape[0]
-        if tokens != key.shape[0]:  # graph padding
-            key, value = key[:tokens], value[:tokens]
+        # key may be longer than slot_mapping (graph padding)
         fi_backend.append(self._kv_cache(kv_cache), key, value, slot_mapping)
 
     def forward(
