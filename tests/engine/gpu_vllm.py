@@ -298,6 +298,8 @@ def judge(name: str, results: Results) -> dict[str, Any]:
         problems.append("the prefix cache was not used")
     if not engine["served_builds"]["builds"]:
         problems.append("no build() of ours was called")
+    if ("-V2-" in name) != engine["served_builds"]["runner"].endswith(".gpu.model_runner"):
+        problems.append(f"served by the runner {engine['served_builds']['runner']}")
     if engine["build_256"]["median_us"] > MAX_BUILD_US:
         problems.append(f"build() takes {engine['build_256']['median_us']} us")
     return {**verdict, "build_256": engine["build_256"], "problems": problems}
