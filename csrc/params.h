@@ -17,7 +17,8 @@ struct WorkItem {
   int32_t request;    // index into the batch
   int32_t row_begin;  // first packed row of the tile, counted from the request's first row
   int32_t kv_head;
-  int32_t kv_begin;  // KV tokens [kv_begin, kv_end), multiples of tile_kv; clamped to the true kv_len when read
+  int32_t
+      kv_begin;  // KV tokens [kv_begin, kv_end), multiples of tile_kv; clamped to the true kv_len when read
   int32_t kv_end;
   int32_t slot;   // partial state to write, -1: the tile was not split, write the output directly
   int32_t flags;  // ItemFlag
@@ -69,9 +70,9 @@ struct KVCache {
 constexpr int kMaxVariantBytes = 64;
 
 struct AttentionParams {
-  const void* q;  // [tokens, q_heads, head_dim_qk]
-  void* out;      // [tokens, q_heads, head_dim_vo]
-  float* lse;     // [tokens, q_heads] natural log, contiguous; null: not wanted
+  const void* q;            // [tokens, q_heads, head_dim_qk]
+  void* out;                // [tokens, q_heads, head_dim_vo]
+  float* lse;               // [tokens, q_heads] natural log, contiguous; null: not wanted
   int64_t q_token, q_head;  // strides in elements
   int64_t o_token, o_head;
   KVCache kv;
@@ -84,15 +85,15 @@ struct AttentionParams {
   float* partial_lse;  // [slots, tile_q_wide] log2, -inf: no keys
   int32_t workers;
   int32_t kv_heads;
-  int32_t group;  // query heads per KV head
-  float scale;    // natural units: logit = scale * q.k
+  int32_t group;                                            // query heads per KV head
+  float scale;                                              // natural units: logit = scale * q.k
   alignas(8) unsigned char variant_args[kMaxVariantBytes];  // the generated struct Args
 };
 
 // KV append: token i goes to slot_mapping[i] (= page * page_size + offset); negative: skipped.
 struct AppendParams {
-  const void* k;  // [tokens, kv_heads, head_dim_qk]
-  const void* v;  // [tokens, kv_heads, head_dim_vo]
+  const void* k;                             // [tokens, kv_heads, head_dim_qk]
+  const void* v;                             // [tokens, kv_heads, head_dim_vo]
   int64_t k_token, k_head, v_token, v_head;  // strides in elements
   KVCache kv;
   const int64_t* slot_mapping;  // [tokens]
@@ -111,10 +112,10 @@ struct PlanParams {
   int32_t group;
   int32_t workers;
   int32_t tile_q_wide, tile_q_narrow, tile_kv;
-  int32_t causal;         // 1: keys after the row's own position are pruned
-  int32_t window;         // keys (q - window, q] are kept; 0: no window
-  int32_t chunk_tiles;    // batch invariant: narrow tiles are cut every chunk_tiles KV tiles; 0: off
-  int32_t max_segments;   // capacities
+  int32_t causal;        // 1: keys after the row's own position are pruned
+  int32_t window;        // keys (q - window, q] are kept; 0: no window
+  int32_t chunk_tiles;   // batch invariant: narrow tiles are cut every chunk_tiles KV tiles; 0: off
+  int32_t max_segments;  // capacities
   int32_t max_items;
   int32_t max_slots;
   int32_t max_merges;
@@ -123,11 +124,11 @@ struct PlanParams {
   WorkItem* items;         // [max_items]
   WorkItem* merges;        // [max_merges]
   // scratch of the device planner, and what plan.show() reads
-  int64_t* segment_start;     // [max_segments + 1] cost line of one KV head
-  int32_t* segment_request;   // [max_segments]
-  int32_t* segment_tile;      // [max_segments] row tile in its request, or chunk of a chunked one
-  int32_t* chunk_slot;        // [max_segments] slot in KV head 0, -1: not chunked; null unless chunk_tiles > 0
-  int32_t* chunk_merge;       // [max_segments] merge in KV head 0, likewise
+  int64_t* segment_start;    // [max_segments + 1] cost line of one KV head
+  int32_t* segment_request;  // [max_segments]
+  int32_t* segment_tile;     // [max_segments] row tile in its request, or chunk of a chunked one
+  int32_t* chunk_slot;       // [max_segments] slot in KV head 0, -1: not chunked; null unless chunk_tiles > 0
+  int32_t* chunk_merge;      // [max_segments] merge in KV head 0, likewise
 };
 
 }  // namespace fi
