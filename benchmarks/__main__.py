@@ -55,10 +55,14 @@ def build_peers(names: list[str], cases: list[Case]) -> None:
         return
     say(f"building {len(wanted)} FlashInfer modules ...")
     start = time.monotonic()
+    # ninja would start a compiler per core in each of them, at 2 to 4 GB a compiler
+    jobs = max(1, 2 * (os.cpu_count() or 1) // len(wanted))
+    environment = {"MAX_JOBS": str(jobs), **os.environ}
 
     def build(job: tuple[str, int]) -> None:
         code = f"from benchmarks.__main__ import first_use; first_use({job[0]!r}, {job[1]})"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         took = f"{time.monotonic() - start:.0f} s"
         failed = f"failed: {done.stderr.strip().splitlines()[-1:]}" if done.returncode else "built"
         say(f"  {job[0]} head dim {job[1]}: {failed} after {took}")
