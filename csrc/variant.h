@@ -60,7 +60,10 @@ struct Window : Feature {
 // kernel its registers; the error stays below 1e-6 cap.
 FI_HD float capped(float x, float cap) {
 #if defined(__CUDA_ARCH__)
-  return cap - __fdividef(2.f * cap, 1.f + __expf(__fdividef(2.f * x, cap)));  // at the ends exp is 0 or inf
+  float e, inverse;  // tanh(y) = 1 - 2 / (1 + exp(2y)); at the ends exp is 0 or inf
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * __fdividef(2.885390082f, cap)));  // 2 log2(e)
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + e));
+  return cap - 2.f * cap * inverse;
 #else
   return cap * tanhf(x / cap);
 #endif

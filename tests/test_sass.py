@@ -19,7 +19,7 @@ ARCHES = (80, 90)
 COMMON = [
     *(("bf16", dim, "CAUSAL") for dim in (64, 80, 96, 112, 128, 192, 256)),
     ("f16", 128, "CAUSAL"),
-    *(("bf16", 128, f"CAUSAL+{feature}") for feature in ("WINDOW", "SOFT_CAP", "ALIBI")),
+    *(("bf16", 128, f"CAUSAL+{feature}") for feature in ("WINDOW", "ALIBI")),
     ("bf16", 256, "CAUSAL+WINDOW+SOFT_CAP"),
     ("bf16", 64, EVERYTHING),
 ]

@@ -39,12 +39,10 @@ struct TileStream {
   const AttentionParams& p;
   const Smem& smem;
   int thread;
-  int tile = 0;     // to be copied next
-  TokenPlace next;  // of tile + 1, this thread's token
-  uint32_t slot;    // written next
+  TokenPlace next;  // of the tile after the last one that was copied, this thread's token
 
   __device__ TileStream(int thread_index, const AttentionParams& params, const Smem& s)
-      : p(params), smem(s), thread(thread_index), slot(s.ring) {
+      : p(params), smem(s), thread(thread_index) {
     if (thread < kTileKv) smem.places[thread] = look_up(0);
     next = look_up(1);
     __syncthreads();
@@ -55,9 +53,9 @@ struct TileStream {
     return smem.task->find(p, smem.task->first_token + t * kTileKv + thread);
   }
 
-  // Starts the next copy, if any is left; always commits, so that groups count steps.
+  // Starts the next copy, if the tile exists; always commits, so that groups count steps.
   template <bool kIsK>
-  __device__ __forceinline__ void issue() {
+  __device__ __forceinline__ void issue(int tile, uint32_t slot) {
     if (tile < smem.task->tiles) {
       const TokenPlace* places = smem.places + (tile & 1) * kTileKv;
       if constexpr (kIsK) {
@@ -67,15 +65,16 @@ struct TileStream {
         load_tokens<LayoutQk>(thread, slot, places, smem.task->k, p.kv.k_page, p.kv.k_token);
       } else {
         load_tokens<LayoutVo>(thread, slot, places, smem.task->v, p.kv.v_page, p.kv.v_token);
-        ++tile;
       }
-      slot = advance(slot);
     }
     copy_async_commit();
   }
 
-  __device__ __forceinline__ uint32_t advance(uint32_t s) const {
-    return s + kSlotBytes == smem.ring + kSlots * kSlotBytes ? smem.ring : s + kSlotBytes;
+  __device__ __forceinline__ uint32_t slot_after(uint32_t slot) const {
+    return slot == smem.ring + (kSlots - 1) * kSlotBytes ? smem.ring : slot + kSlotBytes;
+  }
+  __device__ __forceinline__ uint32_t slot_before(uint32_t slot) const {
+    return slot == smem.ring ? smem.ring + (kSlots - 1) * kSlotBytes : slot - kSlotBytes;
   }
 };
 
@@ -88,19 +87,21 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
   int thread = fresh_thread_index(), lane = thread % 32, warp = thread / 32;
   int warp_row = kWide ? 16 * kFragments * warp : 0;
   int warp_token = kWide ? 0 : kTokens * warp;
-  bool has_rows = task.begin + warp_row < task.end;
+  auto has_rows = [&] {
+    return task.begin + warp_row < task.end;
+  };  // read anew: a register less across the loop
 
-  RowState<kFragments> state(thread, p, args, task, task.begin + warp_row);
+  RowState<kWide> state(thread, p, args, task);
   Output o[kFragments] = {};
   if (task.tiles > 0) {
     load_queries<kWide ? kTileQ : 16>(thread, smem.q, p, task);
     TileStream stream(thread, p, smem);
     constexpr bool kEven = kSlots % 2 == 0;  // the copy started in a K step is then one of V
-    stream.issue<true>();
-    if constexpr (kSlots > 2) stream.issue<false>();
+    stream.issue<true>(0, smem.ring);
+    if constexpr (kSlots > 2) stream.issue<false>(0, smem.ring + kSlotBytes);
     if constexpr (kSlots > 3) {
       __syncthreads();  // the places of tile 1 are in shared memory
-      stream.issue<true>();
+      stream.issue<true>(1, smem.ring + 2 * kSlotBytes);
     }
     Queries<kFragments> q(lane, smem.q, warp_row);
     Probabilities<kTokens> probabilities[kFragments];
@@ -108,9 +109,9 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
     for (int tile = 0; tile < task.tiles; ++tile) {
       copy_async_wait<kSlots - 2>();
       __syncthreads();
-      stream.issue<!kEven>();
+      stream.issue<!kEven>(tile + (kSlots - 1) / 2, stream.slot_before(slot));
       if (tile == 0) q.keep();
-      if (has_rows) {
+      if (has_rows()) {
         int token = task.first_token + tile * kTileKv + warp_token;
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
@@ -119,12 +120,12 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
           state.template step<kTokens>(probabilities[f], s, o[f], f, token);
         }
       }
-      slot = stream.advance(slot);
+      slot = stream.slot_after(slot);
       copy_async_wait<kSlots - 2>();
       __syncthreads();
-      stream.issue<kEven>();
-      if (has_rows) accumulate<kTokens>(lane, o, probabilities, slot, warp_token);
-      slot = stream.advance(slot);
+      stream.issue<kEven>(tile + kSlots / 2, stream.slot_before(slot));
+      if (has_rows()) accumulate<kTokens>(lane, o, probabilities, slot, warp_token);
+      slot = stream.slot_after(slot);
     }
     copy_async_wait<0>();
     __syncthreads();  // the ring and Q are free again
@@ -133,8 +134,8 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
   if constexpr (kWide) {
     store_wide(state, o);
   } else {
-    exchange_warps(warp, smem.exchange, state, o);
-    store_narrow(thread, p, args, task, smem.exchange);
+    exchange_warps(smem.exchange, state, o);
+    store_narrow(p, args, task, smem.exchange);
   }
 }
 

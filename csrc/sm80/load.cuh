@@ -12,7 +12,7 @@ __device__ __forceinline__ void load_tokens(int thread, uint32_t slot, const Tok
   // Where a pass covers whole groups of eight rows, the swizzle is the same in every pass and all addresses
   // are one register plus a constant; the compiler does not find that by itself.
   constexpr bool kRegular = kThreads % (8 * Layout::kChunks) == 0;
-  if constexpr (!kRegular) thread = forget(thread);
+  thread = forget(thread);
   int row0 = thread / Layout::kChunks, chunk0 = thread % Layout::kChunks;
   uint32_t slot0 = slot + Layout::offset(row0, chunk0);
 #pragma unroll 8

@@ -7,23 +7,26 @@
 
 namespace fi::sm80 {
 
-template <int kFragments>
+template <bool kWide>
 struct RowState {
-  static constexpr int kRows = 2 * kFragments;
+  static constexpr int kRows = kWide ? 2 * kWideFragments : 2;
   const AttentionParams& p;
   const Args& args;
   const Task& task;
-  int lane;
-  int warp_row;       // the warp's first packed row
+  int thread;
   KeyRange all_rows;  // keys that every row of the warp sees
   float max[kRows];   // in units of the scores; -inf: no key yet
   float sum[kRows];   // this thread's share of the row until finish()
 
-  __device__ __forceinline__ static int row_of(int i, int lane) { return i / 2 * 16 + i % 2 * 8 + lane / 4; }
+  // Row of the tile; in a narrow tile all warps have the same rows.
+  __device__ __forceinline__ static int row_of(int i, int thread) {
+    int warp_row = kWide ? thread / 32 * 16 * kWideFragments : 0;
+    return warp_row + i / 2 * 16 + i % 2 * 8 + thread % 32 / 4;
+  }
 
-  __device__ __forceinline__ RowState(int thread, const AttentionParams& params, const Args& variant_args,
-                                      const Task& t, int first)
-      : p(params), args(variant_args), task(t), lane(thread % 32), warp_row(first), all_rows{0, t.kv_len} {
+  __device__ __forceinline__ RowState(int thread_index, const AttentionParams& params,
+                                      const Args& variant_args, const Task& t)
+      : p(params), args(variant_args), task(t), thread(thread_index), all_rows{0, t.kv_len} {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       KeyRange k = task.keys(args, row(i));
@@ -35,13 +38,15 @@ struct RowState {
   }
 
   // Found again for every tile that needs it: all rows at once would not fit the registers.
-  __device__ __forceinline__ Row row(int i) const { return task.row(p, forget(warp_row + row_of(i, lane))); }
+  __device__ __forceinline__ Row row(int i) const {
+    return task.row(p, forget(task.begin + row_of(i, thread)));
+  }
 
   // Scores of one fragment into probabilities; rescales its o. token: the warp's first token in the request.
   template <int kTokens>
   __device__ __forceinline__ void step(Probabilities<kTokens>& probabilities, Scores<kTokens>& s, Output& o,
                                        int fragment, int token) {
-    int first = token + lane % 4 * 2;
+    int first = token + thread % 4 * 2;
     bool masked = token < all_rows.begin || token + kTokens > all_rows.end;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // which two of a thread's four values belong to the row

@@ -40,13 +40,12 @@ struct RowTarget {
   }
 };
 
-__device__ __forceinline__ void store_wide(const RowState<kWideFragments>& state,
-                                           const Output (&o)[kWideFragments]) {
+__device__ __forceinline__ void store_wide(const RowState<true>& state, const Output (&o)[kWideFragments]) {
   const Task& task = state.task;
   int thread = fresh_thread_index(), lane = thread % 32;  // nothing of the store lives in a register before
 #pragma unroll
   for (int i = 0; i < state.kRows; ++i) {
-    int row = task.begin + thread / 32 * 16 * kWideFragments + state.row_of(i, lane);
+    int row = task.begin + state.row_of(i, thread);
     if (row >= task.end) continue;
     RowTarget target(state.p, state.args, task, row, state.sum[i], state.max[i], lane % 4 == 0);
 #pragma unroll
@@ -56,13 +55,13 @@ __device__ __forceinline__ void store_wide(const RowState<kWideFragments>& state
 }
 
 // Narrow tiles: [kWarps][16] max, the same of sum, then [kWarps][16][kDimVo] o, unnormalised.
-__device__ __forceinline__ void exchange_warps(int warp, float* exchange, const RowState<1>& state,
+__device__ __forceinline__ void exchange_warps(float* exchange, const RowState<false>& state,
                                                const Output (&o)[1]) {
-  int lane = state.lane;
+  int thread = fresh_thread_index(), lane = thread % 32;
   float* values = exchange + 2 * kWarps * 16;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    int row = warp * 16 + state.row_of(i, lane);
+    int row = thread / 32 * 16 + state.row_of(i, thread);
     if (lane % 4 == 0) {
       exchange[row] = state.max[i];
       exchange[kWarps * 16 + row] = state.sum[i];
@@ -78,8 +77,9 @@ __device__ __forceinline__ void exchange_warps(int warp, float* exchange, const 
   __syncthreads();
 }
 
-__device__ __forceinline__ void store_narrow(int thread, const AttentionParams& p, const Args& args,
-                                             const Task& task, const float* exchange) {
+__device__ __forceinline__ void store_narrow(const AttentionParams& p, const Args& args, const Task& task,
+                                             const float* exchange) {
+  int thread = fresh_thread_index();
   constexpr int kThreadsPerRow = kThreads / 16;
   int row = thread / kThreadsPerRow, part = thread % kThreadsPerRow;
   if (task.begin + row >= task.end) return;

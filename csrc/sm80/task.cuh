@@ -24,13 +24,15 @@ struct Task {
   int32_t wide;
   int32_t key_begin, key_end;  // keys that some row of the tile may see
   int32_t first_token, tiles;  // KV tiles of this piece
+  uint32_t per_group;          // ceil(2^32 / group)
 
   __device__ Task(const AttentionParams& p, const Args& args, const WorkItem& item)
       : request(item.request),
         kv_head(item.kv_head),
         begin(item.row_begin),
         slot(item.slot),
-        wide(item.flags & kWideTile) {
+        wide(item.flags & kWideTile),
+        per_group(0xffffffffu / p.group + 1) {
     k = static_cast<const Element*>(p.kv.k) + kv_head * p.kv.k_head;
     v = static_cast<const Element*>(p.kv.v) + kv_head * p.kv.v_head;
     int64_t start = request;
@@ -54,11 +56,12 @@ struct Task {
     tiles = last > first_token ? (last - first_token + kTileKv - 1) / kTileKv : 0;
   }
 
+  // packed / group by a multiplication; exact while packed < 2^32 / group, beyond any request's rows
   __device__ __forceinline__ int token_of(const AttentionParams& p, int packed) const {
-    return packed / p.group;
+    return p.group == 1 ? packed : __umulhi(packed, per_group);
   }
   __device__ __forceinline__ int head_of(const AttentionParams& p, int packed) const {
-    return kv_head * p.group + packed % p.group;
+    return kv_head * p.group + packed - token_of(p, packed) * p.group;
   }
   // rows past the end repeat the last one
   __device__ __forceinline__ Row row(const AttentionParams& p, int packed) const {
