@@ -7,7 +7,6 @@ figures go to stderr.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 import time
@@ -83,21 +82,20 @@ def what_ran() -> str:
 
 
 def serve(options: dict[str, Any], port: int) -> None:
-    """vLLM's own API server in this process, on 127.0.0.1; it ends with Ctrl-C."""
+    """`vllm serve` in this process, on 127.0.0.1; it ends with Ctrl-C."""
     with Ticker("launch 1/2: load vLLM"):
-        from vllm.entrypoints.openai.api_server import run_server
-        from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.entrypoints.cli.main import main as vllm  # the `vllm` command: modules below it move
 
-    name = os.path.basename(os.path.normpath(options["model"]))
-    words = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    model = options["model"]
+    name = os.path.basename(os.path.normpath(model))
+    words = ["serve", model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
     for option, value in options.items():
-        flag = "--" + option.replace("_", "-")
-        words += [flag] if value is True else [flag, str(value)]
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
-    validate_parsed_serve_args(args)
+        if option != "model":
+            flag = "--" + option.replace("_", "-")
+            words += [flag] if value is True else [flag, str(value)]
     say(f"launch 2/2: start vLLM, build kernels, then serve {name} at http://127.0.0.1:{port}/v1")
-    asyncio.run(run_server(args))
+    sys.argv = ["vllm", *words]
+    vllm()
 
 
 def main() -> None:

@@ -67,8 +67,9 @@ def test_endpoint(tmp_path: Path) -> None:
         assert reply is not None, log.read_text()
         assert "Paris" in reply["choices"][0]["message"]["content"]
     finally:
-        os.killpg(server.pid, signal.SIGINT)
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGINT)
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
