@@ -132,6 +132,7 @@ class Planner:
             raise ValueError(f"expected max_kv_len of at least 1 token, or None, got {max_kv_len}")
         self.q_heads, self.kv_heads, self.group = q_heads, kv_heads, q_heads // kv_heads
         self.head_dim_qk, self.head_dim_vo = head_dim, head_dim if head_dim_vo is None else head_dim_vo
+        jit.check_head_dims(jit.arch_of(device), self.head_dim_qk, self.head_dim_vo)
         self.max_requests, self.max_tokens, self.max_kv_len = max_requests, max_tokens, max_kv_len
         self.causal, self.window, self.batch_invariant = causal, window, batch_invariant
         self.device = device

@@ -144,6 +144,17 @@ def test_graph_captured_on_decode_serves_any_split() -> None:
         checks.compare(other, out, lse)
 
 
+def test_a_batch_beyond_the_capacity_gives_nan() -> None:
+    """Nobody can be told without synchronising; rows of the last batch must not pass for an answer."""
+    inputs = make(LONG, "cuda")
+    planner = checks.planner_for(inputs, max_requests=3, max_tokens=3)
+    out, lse = checks.run_inputs(planner.plan(inputs.batch), inputs)
+    assert out.isnan().all() and lse.isnan().all()
+    out.fill_(0)
+    run(planner.plan(inputs.batch), inputs.q, inputs.kv, out, variant=inputs.variant)
+    assert out.isnan().all()
+
+
 def test_runs_on_the_current_stream() -> None:
     inputs = make(LONG, "cuda")
     planner = checks.planner_for(inputs)

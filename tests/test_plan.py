@@ -237,6 +237,7 @@ BASE = Setup((2, 1), (30, 9))
     "changes, words",
     [
         ({"q_heads": 5, "kv_heads": 2}, "q_heads a multiple of kv_heads, got 5 and 2"),
+        ({"head_dim": 0}, "head_dim to be a multiple of 8 from 8 to 256, got 0"),
         ({"max_requests": 0}, "max_requests from 1 to"),
         ({"max_tokens": 0}, "max_tokens from 1 to"),
         ({"max_tokens": 2**31}, "max_tokens from 1 to"),

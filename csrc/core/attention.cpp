@@ -128,6 +128,7 @@ void run(const BoundPlan& bound, int64_t function, int64_t error_text, const Ten
   p.q = data_of(q);
   p.out = data_of(out);
   p.lse = lse.has_value() ? reinterpret_cast<float*>(data_of(*lse)) : nullptr;
+  p.tokens = int32_t(q.size(0));
   p.q_token = q.stride(0), p.q_head = q.stride(1);
   p.o_token = out.stride(0), p.o_head = out.stride(1);
   p.kv = cache_view(k, v);

@@ -7,6 +7,18 @@ namespace fi::smxx {
 
 constexpr int kMergeWarps = 8;
 
+// A batch beyond the planner's capacity has no items. Without synchronising nobody can be told, so every output
+// becomes NaN: it shows where a stale or empty row would pass for an answer.
+template <class Element, int kDimVo>
+__device__ void fill_with_nan(const AttentionParams& p) {
+  int64_t heads = int64_t(p.kv_heads) * p.group, rows = p.tokens * heads;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    Element* out = static_cast<Element*>(p.out) + row / heads * p.o_token + row % heads * p.o_head;
+    for (int i = threadIdx.x; i < kDimVo; i += blockDim.x) out[i] = Element(NAN);
+    if (p.lse && threadIdx.x == 0) p.lse[row] = NAN;
+  }
+}
+
 // Pieces beyond 32 are taken in rounds of 32, the running state carried along.
 template <class Element, class Variant, class Args, int kTileQ, int kTileQNarrow, int kDimVo>
 __global__ void __launch_bounds__(32 * kMergeWarps, 2)
@@ -15,6 +27,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2)
   Args args = *reinterpret_cast<const Args*>(p.variant_args);
   int lane = threadIdx.x % 32;
   int merges = p.header->merges;
+  if (p.header->error) fill_with_nan<Element, kDimVo>(p);
   for (int m = blockIdx.x; m < merges; m += gridDim.x) {
     WorkItem item = p.merges[m];
     int q_first = p.batch.qo_indptr[item.request];

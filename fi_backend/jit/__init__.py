@@ -54,12 +54,7 @@ class Spec:
     variant: Variant
 
     def __post_init__(self) -> None:
-        step = 8 if self.arch == CPU else 16
-        for name, value in (("head_dim", self.head_dim_qk), ("head_dim_vo", self.head_dim_vo)):
-            if not (0 < value <= 256 and value % step == 0):
-                raise ValueError(
-                    f"expected {name} to be a multiple of {step} from {step} to 256, got {value}"
-                )
+        check_head_dims(self.arch, self.head_dim_qk, self.head_dim_vo)
         if self.arch != CPU:
             check_gpu_arch(self.arch)
         wanted = ("bf16", "f16", "f32") if self.arch == CPU else ("bf16", "f16")
@@ -86,6 +81,13 @@ class Spec:
 
 def arch_name(arch: int) -> str:
     return "cpu" if arch == CPU else f"sm{arch}"
+
+
+def check_head_dims(arch: int, head_dim_qk: int, head_dim_vo: int) -> None:
+    step = 8 if arch == CPU else 16
+    for name, value in (("head_dim", head_dim_qk), ("head_dim_vo", head_dim_vo)):
+        if not (0 < value <= 256 and value % step == 0):
+            raise ValueError(f"expected {name} to be a multiple of {step} from {step} to 256, got {value}")
 
 
 def check_gpu_arch(arch: int) -> None:

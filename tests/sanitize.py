@@ -1,0 +1,94 @@
+"""Every GPU kernel on small shapes under compute-sanitizer: `python tests/sanitize.py [TOOL ...]`.
+
+Tools: memcheck, racecheck, synccheck, initcheck (default: all). Prints one line a tool; exits 1 if one found
+anything. The kernels are built first, outside the sanitizer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import checks  # noqa: E402
+from cases import Case, make  # noqa: E402
+
+from fi_backend import append  # noqa: E402
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+EVERYTHING = "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS"
+# narrow and wide tiles, pieces and merges, padded requests; swizzled and padded shared memory, wide heads
+SMALL = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), q_heads=4, kv_heads=2)
+CASES = [
+    SMALL,
+    replace(SMALL, head_dim=128, page_size=3, table="token", dtype="f16"),
+    replace(SMALL, head_dim=80, layout="packed", variant=EVERYTHING),
+    replace(SMALL, head_dim=256, layout="HND", table="csr"),
+    replace(SMALL, head_dim=192, head_dim_vo=128, variant="FULL"),
+]
+
+
+def exercise() -> None:
+    for case in CASES:
+        inputs = make(case, "cuda")
+        for workers, batch_invariant in ((None, False), (7, False), (5, True)):
+            planner = checks.planner_for(inputs, workers, batch_invariant=batch_invariant)
+            checks.run_inputs(planner.plan(inputs.batch), inputs)
+        key, value = inputs.kv.k[:1, :3].flatten(0, 1).clone(), inputs.kv.v[:1, :3].flatten(0, 1).clone()
+        slots = torch.arange(-1, len(key) - 1, device="cuda")
+        append(inputs.kv, key, value, slots)
+    torch.cuda.synchronize()
+
+
+def only_ours(tool: str) -> list[str]:
+    # initcheck must see torch's kernels too: it learns from their writes what is initialised
+    return [] if tool == "initcheck" else ["--kernel-name", "kernel_substring=_ZN2fi"]
+
+
+def main() -> None:
+    tools = sys.argv[1:] or list(TOOLS)
+    if tools == ["--exercise"]:
+        exercise()
+        return
+    if unknown := set(tools) - set(TOOLS):
+        raise SystemExit(f"expected tools among {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    checks.build(CASES, "cuda", ("bf16", "f16"))
+    # torch's allocator hides allocations from memcheck and initcheck
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    exercise_command = [sys.executable, __file__, "--exercise"]
+    running = {
+        tool: subprocess.Popen(
+            [sanitizer, "--tool", tool, *only_ours(tool), "--error-exitcode", "9", *exercise_command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        for tool in tools
+    }
+    failed = False
+    for tool, process in running.items():
+        output = process.communicate()[0]
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+        clean = process.returncode == 0 and bool(summary)
+        print(
+            f"{tool}: {summary[-1] if summary else 'no summary'}, exit code {process.returncode}", flush=True
+        )
+        if not clean:
+            failed = True
+            print(output[-4000:])
+    raise SystemExit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
