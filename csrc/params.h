@@ -81,9 +81,10 @@ struct AttentionParams {
   const int32_t* worker_indptr;  // [workers + 1] into items
   const WorkItem* items;
   const WorkItem* merges;
-  float* partial_o;    // [slots, tile_q_wide, head_dim_vo] normalised within the piece
-  float* partial_lse;  // [slots, tile_q_wide] log2, -inf: no keys
-  int32_t tokens;      // of q and out; those past the last request are left alone
+  float* partial_o;      // [slots, partial_rows, head_dim_vo] normalised within the piece
+  float* partial_lse;    // [slots, partial_rows] log2, -inf: no keys
+  int32_t partial_rows;  // rows of the largest tile that is split
+  int32_t tokens;        // of q and out; those past the last request are left alone
   int32_t workers;
   int32_t kv_heads;
   int32_t group;                                            // query heads per KV head

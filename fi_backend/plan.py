@@ -175,12 +175,17 @@ class Planner:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of partial states: max_slots * q_wide * (head_dim_vo + 1) floats, whatever the group."""
+        """Bytes of partial states: max_slots * partial_rows * (head_dim_vo + 1) floats for any group."""
         return self._lse_offset + self._states * 4
 
     @property
     def _states(self) -> int:
-        return self.layout.max_slots * self.tiles.q_wide
+        return self.layout.max_slots * self.partial_rows
+
+    @property
+    def partial_rows(self) -> int:
+        """Rows of a partial state. Batch invariant plans split narrow tiles alone."""
+        return self.tiles.q_narrow if self.batch_invariant else self.tiles.q_wide
 
     @property
     def _lse_offset(self) -> int:
@@ -205,7 +210,7 @@ class Planner:
                 f"expected the workspace aligned to 16 bytes, got {workspace.data_ptr() % 16} past"
             )
         memory = workspace.view(-1).view(torch.uint8)
-        slots, rows, dim = self.layout.max_slots, self.tiles.q_wide, self.head_dim_vo
+        slots, rows, dim = self.layout.max_slots, self.partial_rows, self.head_dim_vo
         partial_o = memory[: self._states * dim * 4].view(torch.float32).view(slots, rows, dim)
         partial_lse = memory[self._lse_offset : wanted].view(torch.float32).view(slots, rows)
         return partial_o, partial_lse
@@ -289,12 +294,12 @@ class Plan:
 
     @property
     def partial_o(self) -> torch.Tensor:
-        """[max_slots, q_wide, head_dim_vo] float32."""
+        """[max_slots, partial_rows, head_dim_vo] float32."""
         return self.planner.partial_o
 
     @property
     def partial_lse(self) -> torch.Tensor:
-        """[max_slots, q_wide] float32, log2."""
+        """[max_slots, partial_rows] float32, log2."""
         return self.planner.partial_lse
 
     def rebind(self, batch: BlockSparse) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,8 @@ import torch
 from benchmarks import report
 from benchmarks.__main__ import measure, peer_names
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
+from benchmarks.data import make, relative_error
+from benchmarks.implementations import fi
 
 SMALL = Case("small", "mixed", (1, 1, 20), (40, 17, 33), q_heads=4, kv_heads=2, head_dim=64)
 
@@ -40,16 +41,34 @@ def test_measure_and_report(tmp_path: Path) -> None:
     assert row["rel_err"] < 5e-3
     meta = {"card": "cpu", "driver": "", "torch": torch.__version__, "commit": "0" * 40, "date": "2026-01-01"}
     rows = [row, row | {"impl": "fa3", "us": 2 * row["us"]}]
-    file, page = tmp_path / "r.json", tmp_path / "page.md"
-    file.write_text(json.dumps({"meta": meta, "rows": rows}))
-    text = report.table(json.loads(file.read_text()))
+    result = {"meta": meta, "rows": rows}
+    text = report.table(result)
     assert "| small |" in text
     assert "| 0.50 |" in text
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.replace_block(page, text)
-    assert page.read_text() == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- kernel figures: begin -->\nold\n<!-- kernel figures: end -->\nafter\n")
+    report.replace_block(page, result)
+    assert page.read_text() == (
+        f"before\n<!-- kernel figures: begin -->\n{text}\n<!-- kernel figures: end -->\nafter\n"
+    )
+    serving = [
+        {"suite": "serve", "impl": "FLASH_ATTN", "case": "start-up, warm", "seconds": 20.0},
+        {"suite": "serve", "impl": "CUSTOM", "case": "start-up, cold", "seconds": 25.0},
+    ]
+    text = report.table({"meta": meta | {"vllm": "0.26.0"}, "rows": serving})
+    assert "| start-up, our kernels built from nothing | 25.00 | 20.00 | 1.25 |" in text
+    with pytest.raises(ValueError, match="serving figures: begin"):
+        report.replace_block(page, {"meta": meta, "rows": serving})
 
 
 def test_peers() -> None:
     assert peer_names("fa3,flashinfer_fa2,fa3") == ["fa3", "flashinfer_fa2"]
     assert peer_names("") == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in CASES if c.suite != "plan"], ids=lambda c: c.id)
+def test_what_is_measured_is_right(case: Case) -> None:
+    """The very inputs of the figures, against float64 on random rows."""
+    data = make(case, torch.device("cuda"))
+    assert relative_error(data, fi(data).run()) < 4e-3

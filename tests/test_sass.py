@@ -12,18 +12,16 @@ import pytest
 
 from fi_backend import jit
 from fi_backend.jit import toolchain
+from fi_backend.jit.__main__ import COMMON
 from fi_backend.variants import parse
 
-EVERYTHING = "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS"
 ARCHES = (80, 90)
-COMMON = [
-    *(("bf16", dim, "CAUSAL") for dim in (64, 80, 96, 112, 128, 192, 256)),
-    ("f16", 128, "CAUSAL"),
-    *(("bf16", 128, f"CAUSAL+{feature}") for feature in ("WINDOW", "ALIBI")),
-    ("bf16", 256, "CAUSAL+WINDOW+SOFT_CAP"),
-    ("bf16", 64, EVERYTHING),
+LARGEST = ("bf16", 64, 64, "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS")
+SPECS = [
+    jit.Spec(arch, dtype, qk, vo, parse(variant))
+    for arch in ARCHES
+    for dtype, qk, vo, variant in [*COMMON, LARGEST]
 ]
-SPECS = [jit.Spec(arch, dtype, dim, dim, parse(variant)) for arch in ARCHES for dtype, dim, variant in COMMON]
 
 
 def nvcc_missing() -> str:

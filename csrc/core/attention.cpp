@@ -104,6 +104,7 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
   bound.params.merges = reinterpret_cast<const WorkItem*>(data_of(merges));
   bound.params.partial_o = reinterpret_cast<float*>(data_of(partial_o));
   bound.params.partial_lse = reinterpret_cast<float*>(data_of(partial_lse));
+  bound.params.partial_rows = int32_t(partial_lse.size(1));
   bound.params.workers = int32_t(workers);
   bound.params.kv_heads = int32_t(kv_heads);
   bound.params.group = int32_t(group);

@@ -210,7 +210,7 @@ void store(const AttentionParams& p, const Args& args, const WorkItem& w, const 
       write_row(p, args, w, i, t.state[i], t.o[i]);
       continue;
     }
-    int64_t at = int64_t(w.slot) * kRows + i;
+    int64_t at = int64_t(w.slot) * p.partial_rows + i;
     p.partial_lse[at] = t.state[i].lse();
     float inverse = t.state[i].inverse();
     for (int d = 0; d < kHeadDimVo; ++d) p.partial_o[at * kHeadDimVo + d] = t.o[i][d] * inverse;
@@ -225,7 +225,7 @@ void merge(const AttentionParams& p, const Args& args, const WorkItem& w) {
     State state = State::empty();
     std::fill_n(o, kHeadDimVo, 0.f);
     for (int32_t slot = w.kv_begin; slot < w.kv_end; ++slot) {
-      int64_t at = int64_t(slot) * kRows + i;
+      int64_t at = int64_t(slot) * p.partial_rows + i;
       State::Factors f = state.join(p.partial_lse[at]);
       if (f.take == 0.f) continue;
       for (int d = 0; d < kHeadDimVo; ++d) o[d] = o[d] * f.keep + f.take * p.partial_o[at * kHeadDimVo + d];

@@ -14,7 +14,7 @@ struct RowTarget {
                        float max_log2, bool leader) {
     State row_state{max_log2, sum};
     if (task.slot >= 0) {
-      int64_t state = int64_t(task.slot) * kTileQ + packed - task.begin;
+      int64_t state = int64_t(task.slot) * p.partial_rows + packed - task.begin;
       out = nullptr;
       partial = p.partial_o + state * kDimVo;
       if (leader) p.partial_lse[state] = row_state.lse();

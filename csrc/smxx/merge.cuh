@@ -7,8 +7,8 @@ namespace fi::smxx {
 
 constexpr int kMergeWarps = 8;
 
-// A batch beyond the planner's capacity has no items. Without synchronising nobody can be told, so every output
-// becomes NaN: it shows where a stale or empty row would pass for an answer.
+// A batch beyond the planner's capacity has no items. Without synchronising nobody can be told, so every
+// output becomes NaN: it shows where a stale or empty row would pass for an answer.
 template <class Element, int kDimVo>
 __device__ void fill_with_nan(const AttentionParams& p) {
   int64_t heads = int64_t(p.kv_heads) * p.group, rows = p.tokens * heads;
@@ -39,8 +39,8 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2)
       float4 o[kVectors] = {};
       for (int first = item.kv_begin; first < item.kv_end; first += 32) {
         int count = min(32, item.kv_end - first);
-        int64_t state = int64_t(first) * kTileQ + packed - item.row_begin;
-        float lse = lane < count ? p.partial_lse[state + lane * kTileQ] : -INFINITY;
+        int64_t state = int64_t(first) * p.partial_rows + packed - item.row_begin;
+        float lse = lane < count ? p.partial_lse[state + lane * p.partial_rows] : -INFINITY;
         float round_top = lse;
 #pragma unroll
         for (int d = 16; d > 0; d /= 2) round_top = fmaxf(round_top, __shfl_xor_sync(~0u, round_top, d));
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2)
 #pragma unroll
           for (int v = 0; v < kVectors; ++v) {
             if (4 * lane + 128 * v >= kDimVo) continue;
-            float4 x = *reinterpret_cast<const float4*>(partial + int64_t(i) * kTileQ * kDimVo + 128 * v);
+            float4 x =
+                *reinterpret_cast<const float4*>(partial + int64_t(i) * p.partial_rows * kDimVo + 128 * v);
             o[v] = {o[v].x + w * x.x, o[v].y + w * x.y, o[v].z + w * x.z, o[v].w + w * x.w};
           }
         }
