@@ -28,7 +28,7 @@ def table(result: dict[str, Any]) -> str:
 def _serving(rows: list[dict[str, Any]]) -> list[str]:
     """One line a case, seconds of CUSTOM and of its peers.
 
-    The first engine of a run also warms the machine for the others: its start is in the file, not in the table.
+    The first engine of a run also warms the machine for the others: its start is in the file, not here.
     A start of ours that builds all kernels stands beside the peer's warm one.
     """
     by_case: dict[str, dict[str, float]] = {}
