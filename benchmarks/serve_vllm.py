@@ -71,10 +71,10 @@ def figure(**values: Any) -> None:
 
 def buffers(worker: Any) -> list[dict[str, int]]:
     """Runs in the worker: bytes of our planners, empty for another backend."""
-    from fi_backend.vllm.builder import _planners
+    from fi_backend.vllm.builder import planners
 
     return [
-        {"plan_bytes": p.planner.plan_bytes, "workspace_bytes": p.planner.workspace_bytes} for p in _planners
+        {"plan_bytes": p.planner.plan_bytes, "workspace_bytes": p.planner.workspace_bytes} for p in planners()
     ]
 
 

@@ -7,10 +7,13 @@ writes its plan into them, on the current stream, before the replay.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from vllm import envs
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -85,23 +88,30 @@ class SharedPlanner:
         return self._plan
 
 
-_planners: weakref.WeakSet[SharedPlanner] = weakref.WeakSet()
+_planners: weakref.WeakValueDictionary[int, SharedPlanner] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def planners() -> list[SharedPlanner]:
+    """Those of this process that are alive, oldest first."""
+    return list(_planners.values())
 
 
 def plans_written() -> int:
     """Plans that builders of this process have made: 0 if another backend served."""
-    return sum(shared.step for shared in _planners)
+    return sum(shared.step for shared in planners())
 
 
 def _shared_planner(layer_names: list[str], key: tuple[Any, ...], options: dict[str, Any]) -> SharedPlanner:
     # A layer that is already served by a planner has a second builder for another purpose (micro-batches that
-    # run side by side, a draft loop): that one must not write into the same buffers.
-    for shared in _planners:
+    # run side by side, a draft loop): that one must not write into the same buffers. The oldest that fits is
+    # taken, so the first micro-batch of one cache group never shares with the second of another.
+    for shared in planners():
         if shared.key == key and shared.layers.isdisjoint(layer_names):
             break
     else:
         shared = SharedPlanner(fi_backend.Planner(**options), key)
-        _planners.add(shared)
+        _planners[next(_numbers)] = shared
     shared.layers.update(layer_names)
     return shared
 
@@ -125,7 +135,7 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         known = vllm_config.compilation_config.static_forward_context
         layers = [known[name] for name in layer_names if name in known]
-        check_engine(vllm_config, kv_cache_spec, layers)
+        check_engine(vllm_config, kv_cache_spec, layers, batch_invariant=envs.VLLM_BATCH_INVARIANT)
         kernels.load()
         model = vllm_config.model_config
         q_heads = {layer.num_heads for layer in layers}
@@ -188,5 +198,5 @@ def _capacity(config: Any) -> tuple[int, int]:
 def _refuse_mask(causal: Any) -> None:
     if isinstance(causal, torch.Tensor):
         refuse("a per-request mix of causal and bidirectional attention is not supported")
-    if not causal:
-        refuse("bidirectional decoder attention is not supported")
+    if not (isinstance(causal, (bool, np.bool_)) and causal):
+        refuse(f"expected causal decoder attention, got causal={causal}")

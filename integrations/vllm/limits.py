@@ -49,7 +49,7 @@ def _unset(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, int) and value == -1)
 
 
-def check_engine(config: Any, spec: Any, layers: list[Any]) -> None:
+def check_engine(config: Any, spec: Any, layers: list[Any], *, batch_invariant: bool = False) -> None:
     """What holds for a whole group of layers; `layers` are the group's attention modules that are known."""
     kind = type(spec).__name__
     if kind not in _CACHE_SPECS:
@@ -68,6 +68,8 @@ def check_engine(config: Any, spec: Any, layers: list[Any]) -> None:
         refuse("bidirectional attention inside images (prefix LM) is not supported")
     if getattr(model, "rswa_window", None) is not None:
         refuse("reference sliding window attention is not supported")
+    if batch_invariant:  # the CPU platform does not ask the backend
+        refuse("VLLM_BATCH_INVARIANT=1 is not supported")
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, name, 1)) > 1:
             refuse(f"context parallelism is not supported, got {name}={size}")

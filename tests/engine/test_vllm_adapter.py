@@ -99,6 +99,11 @@ def test_an_engine_we_cannot_serve_is_refused_with_the_reason(
         limits.check_engine(config(**engine), cache, [])
 
 
+def test_batch_invariance_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="VLLM_BATCH_INVARIANT=1"):
+        limits.check_engine(config(), spec(), [], batch_invariant=True)
+
+
 def test_capabilities_the_selector_asks_for() -> None:
     assert FiAttentionBackend.get_name() == "CUSTOM"
     assert FiAttentionBackend.get_supported_kernel_block_sizes(object())[0].base == 16
@@ -176,6 +181,22 @@ def test_new_lengths_are_never_served_an_old_plan(shared: builder.SharedPlanner)
     assert shared.step == 2
     with pytest.raises(RuntimeError, match="plan 1 was overwritten by plan 2"):
         old.plan_for_layer()
+
+
+@pytest.mark.parametrize("causal", [False, torch.ones(2, dtype=torch.bool), {0: True}, None])
+def test_a_mask_that_is_not_causal_is_refused(causal: Any) -> None:
+    with pytest.raises(NotImplementedError, match="causal"):
+        builder._refuse_mask(causal)
+
+
+def test_micro_batches_of_two_groups_do_not_share_across() -> None:
+    options = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "max_requests": 8, "max_tokens": 64}
+    made = [
+        [builder._shared_planner([layer], ("key",), {**options, "device": "cpu"}) for _ in range(4)]
+        for layer in ("a", "b")  # as vLLM makes them: all micro-batches of a group, then the next group
+    ]
+    assert len({id(shared) for shared in made[0]}) == 4
+    assert made[0] == made[1]
 
 
 # ---- registration and hygiene
