@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Set by the first engine process that registered us; its children inherit it and stay silent.
+# The line of the first engine process that registered us; its children inherit it and do not repeat it.
 ANNOUNCED = "FI_BACKEND_ANNOUNCED"
 
 

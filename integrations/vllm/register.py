@@ -31,7 +31,7 @@ def register() -> None:
 
 
 def _say_once(line: str) -> None:
-    # vLLM's worker and inspection processes inherit the environment, so only the first process speaks
-    if env.ANNOUNCED not in os.environ:
-        os.environ[env.ANNOUNCED] = "1"
+    # vLLM's worker and inspection processes inherit the environment: they speak if they differ from the first
+    if os.environ.get(env.ANNOUNCED) != line:
+        os.environ[env.ANNOUNCED] = line
         print(line, file=sys.stderr, flush=True)
