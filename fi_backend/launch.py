@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+from . import env
+from .jit import BuildError, toolchain
 from .progress import Ticker
 
 # Read when vLLM is imported, so they are set before; what the user set wins.
@@ -31,6 +35,33 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def check(model: str, port: int | None, max_tokens: int, gpu: bool) -> None:
+    """Raises ValueError or BuildError for what vLLM would only come to after a long start, if at all."""
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(f"expected --model to be a folder with a config.json, got {model}")
+    if max_tokens < 1:
+        raise ValueError(f"expected --max-tokens of at least 1, got {max_tokens}")
+    plugins = os.environ.get("VLLM_PLUGINS")
+    if plugins is not None and "fi_backend" not in plugins.split(","):
+        raise ValueError(f"expected VLLM_PLUGINS to name fi_backend or to be unset, got {plugins!r}")
+    if port is not None:
+        _check_port(port)
+    toolchain.host_version()
+    if gpu:
+        toolchain.nvcc_version()
+
+
+def _check_port(port: int) -> None:
+    if not 0 < port < 65536:
+        raise ValueError(f"expected --port between 1 and 65535, got {port}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ValueError(f"expected --port to be free on 127.0.0.1, got {port}: {error}") from error
+
+
 def engine_options(model: str, gpu: bool) -> dict[str, Any]:
     """Arguments that vLLM's EngineArgs and its command line share."""
     common = {"model": model, "max_model_len": 2048, "max_num_seqs": 16, "seed": 0}
@@ -45,7 +76,7 @@ def answer(options: dict[str, Any], prompt: str, max_tokens: int) -> None:
 
     Raises RuntimeError if another attention backend served the prompt.
     """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this loop steps the engine itself
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this loop steps the engine itself
     with Ticker("launch 1/2: start vLLM, build kernels"):
         from vllm import EngineArgs, SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -113,10 +144,18 @@ def main() -> None:
     if not gpu:
         os.environ["FI_BACKEND_CPU"] = "1"  # puts our class into the CPU platform's only attention slot
     options = engine_options(args.model, gpu)
-    if args.port is not None:
-        serve(options, args.port)
-    else:
-        answer(options, args.prompt, args.max_tokens)
+    try:
+        check(args.model, args.port, args.max_tokens, gpu)
+        if args.port is not None:
+            serve(options, args.port)
+        else:
+            answer(options, args.prompt, args.max_tokens)
+    except (BuildError, NotImplementedError, ValueError) as error:
+        if env.debug():
+            raise
+        sys.exit(f"launch: {error}")
+    except KeyboardInterrupt:
+        sys.exit("launch: interrupted")
 
 
 if __name__ == "__main__":

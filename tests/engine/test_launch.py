@@ -35,6 +35,40 @@ def test_answer() -> None:
     assert " plans, executor " in done.stderr
 
 
+def refusal(*words: str, **environment: str) -> str:
+    done = subprocess.run(
+        [*COMMAND, *words], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+def test_no_model_folder(tmp_path: Path) -> None:
+    message = refusal("--model", str(tmp_path))
+    assert message.strip() == f"launch: expected --model to be a folder with a config.json, got {tmp_path}"
+
+
+def test_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"expected --port to be free on 127.0.0.1, got {port}" in refusal("--port", str(port))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"VLLM_PLUGINS": "other"}, "expected VLLM_PLUGINS to name fi_backend or to be unset, got 'other'"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler: no-such-compiler not found"),
+        ({"FI_CACHE_DIR": "/proc/none"}, "cannot write the cache folder /proc/none"),
+    ],
+)
+def test_surroundings_that_do_not_do(environment: dict[str, str], message: str) -> None:
+    assert message in refusal(**environment)
+
+
 def ask(port: int) -> dict[str, Any]:
     body = {"model": MODEL.name, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 12}
     request = urllib.request.Request(
