@@ -18,9 +18,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.platforms import current_platform
+
 from . import models, run_vllm
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not current_platform.is_cpu(), reason="this vLLM is not a CPU build"),
+]
 
 MIXED = [models.prompt(n, seed) for seed, n in enumerate((5, 150, 1, 33, 200, 64, 17, 80, 49, 16))]
 SHARED = models.prompt(100, 50)
