@@ -155,7 +155,10 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
             "device": torch.device(device),
         }
         # wrappers of vLLM subclass this builder and change the lengths before they call build
-        key = (id(vllm_config), type(self), *options.values())
+        key: tuple[Any, ...] = (id(vllm_config), type(self), *options.values())
+        if getattr(vllm_config.parallel_config, "use_ubatching", False):
+            # vLLM cuts the lengths into micro-batches anew for every group: they cannot be known to be equal
+            key += tuple(layer_names)
         self._shared = _shared_planner(layer_names, key, options)
         self._page_size: int = kv_cache_spec.block_size
         self._id = id(self)

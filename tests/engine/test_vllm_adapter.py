@@ -199,6 +199,19 @@ def test_micro_batches_of_two_groups_do_not_share_across() -> None:
     assert made[0] == made[1]
 
 
+@pytest.mark.parametrize("micro_batches", [False, True])
+def test_groups_with_micro_batches_do_not_share(micro_batches: bool) -> None:
+    engine = config(parallel__use_ubatching=micro_batches, model__get_num_attention_heads=lambda parallel: 4)
+    engine.compilation_config = SimpleNamespace(static_forward_context={}, max_cudagraph_capture_size=None)
+    engine.scheduler_config = SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64)
+    engine.speculative_config = None
+    cache = spec(num_kv_heads=2, block_size=16)
+    a, b = (
+        builder.FiMetadataBuilder(cache, [name], engine, torch.device("cpu")) for name in ("first", "second")
+    )
+    assert (a._shared is b._shared) == (not micro_batches)
+
+
 # ---- registration and hygiene
 
 
