@@ -54,7 +54,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit("demo: interrupted; the next run continues where this one stopped")
     command = [str(python), "-m", "fi_backend.launch", "--model", str(model)]
-    command += ["--port", str(args.port)] if args.port else ["--prompt", args.prompt]
+    command += ["--port", str(args.port)] if args.port else [f"--prompt={args.prompt}"]
     command += ["--max-tokens", str(args.max_tokens)]
     os.execve(python, command, RUN_ENVIRONMENT)
 
