@@ -235,6 +235,17 @@ def test_rebind_shares_the_work_items() -> None:
 BASE = Setup((2, 1), (30, 9))
 
 
+def test_the_largest_group_of_rows_that_is_accepted() -> None:
+    """max_tokens * group^2 just below 2^32, where the GPU's reciprocal of the group is still exact."""
+    tokens, group = ((1 << 32) - 1) // 127**2, 127
+    BASE.planner(q_heads=group, max_tokens=tokens)
+    with pytest.raises(ValueError, match=f"got {tokens + 1} \\* 127\\^2"):
+        BASE.planner(q_heads=group, max_tokens=tokens + 1)
+    reciprocal = ((1 << 32) - 1) // group + 1
+    rows = np.arange(tokens * group - 10 * group, tokens * group, dtype=np.uint64)
+    assert (rows * np.uint64(reciprocal) >> np.uint64(32) == rows // np.uint64(group)).all()
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -243,6 +254,15 @@ BASE = Setup((2, 1), (30, 9))
         ({"max_requests": 0}, "max_requests from 1 to"),
         ({"max_tokens": 0}, "max_tokens from 1 to"),
         ({"max_tokens": 2**31}, "max_tokens from 1 to"),
+        (
+            {"max_tokens": 2**30, "q_heads": 2},
+            r"max_tokens \* group of at most 2147483639, got 1073741824 \* 2",
+        ),
+        ({"window": 2**31 - 1}, "window from 0 to 1073741824, got 2147483647"),
+        (
+            {"q_heads": 1 << 10, "max_tokens": 1 << 12},
+            r"max_tokens \* group\^2 below 2\^32, got 4096 \* 1024\^2",
+        ),
         ({"max_kv_len": 0}, "max_kv_len of at least 1 token"),
         ({"window": 0}, "window of at least 1 token"),
         ({"batch_invariant": True}, "needs max_kv_len"),
@@ -251,6 +271,11 @@ BASE = Setup((2, 1), (30, 9))
         (
             {"kv_heads": 1 << 20, "q_heads": 1 << 20, "max_tokens": 1 << 12, "max_requests": 1 << 12},
             "fewer than 2\\^28 work items",
+        ),
+        (
+            {"kv_heads": 1 << 14, "q_heads": 1 << 14, "max_tokens": 1 << 30, "max_requests": 1 << 30}
+            | {"batch_invariant": True, "max_kv_len": 1 << 30},
+            "fewer than 2\\^28 work items, got up to \\d+:",
         ),
     ],
 )
@@ -269,6 +294,10 @@ def test_batches_that_are_refused() -> None:
         planner.plan(batch_of((1, 1), (100, 101)))
     with pytest.raises(ValueError, match="kv_len from 0 to 100, got -1 at request 0"):
         planner.plan(batch_of((1, 1), (-1, 1)))
+    negative = batch_of((1, 1), (9, 9))
+    negative.qo_indptr.sub_(1)
+    with pytest.raises(ValueError, match="qo_indptr not to be negative, got -1 at its start"):
+        planner.plan(negative)
     with pytest.raises(ValueError, match="not to decrease, got 2 then 1 at request 1"):
         planner.plan(batch_of((2, -1), (9, 9)))
     with pytest.raises(ValueError, match=r'on="device" or on="host", got \'gpu\''):

@@ -28,14 +28,18 @@ void check_config(const PlanConfig& c) {
   require_between("tiles.kv", c.tile_kv, 1, kMaxKvLen);
   require_between("tiles.q_wide", c.tile_q_wide, 1, kMaxKvLen);
   require_between("tiles.q_narrow", c.tile_q_narrow, 0, c.tile_q_wide);
-  require_between("window", c.window, 0, kAny);
+  require_between("window", c.window, 0, kMaxKvLen);
   require_between("chunk_tiles", c.chunk_tiles, 0, kAny);
   require_between("max_requests", c.max_requests, 1, kAny);
   require_between("max_tokens", c.max_tokens, 1, kAny);
   require_between("max_kv_len", c.max_kv_len, 0, kMaxKvLen);
   require(c.chunk_tiles == 0 || c.max_kv_len > 0, "batch_invariant=True needs max_kv_len, got none");
-  require(c.max_tokens * c.group <= kAny, "expected max_tokens * group below 2^31, got ", c.max_tokens, " * ",
+  require(c.max_tokens * c.group <= kAny - c.tile_q_wide,  // the end of a last tile that is not full
+          "expected max_tokens * group of at most ", kAny - c.tile_q_wide, ", got ", c.max_tokens, " * ",
           c.group);
+  // the GPU finds the token of a packed row by a 32-bit reciprocal of the group (sm80/task.cuh)
+  require(c.max_tokens * c.group * c.group < int64_t(1) << 32,
+          "expected max_tokens * group^2 below 2^32, got ", c.max_tokens, " * ", c.group, "^2");
 }
 
 // Chunks that the keys of one narrow tile can touch; they lie on multiples of the chunk.
@@ -46,6 +50,11 @@ int64_t most_chunks(const PlanConfig& c) {
   if (c.window == 0) return chunks;
   int64_t tokens = c.tile_q_narrow / c.group;
   return std::min(chunks, ceil_div(std::max<int64_t>(c.window + tokens - 2, 0), chunk) + 1);
+}
+
+void require_items(int64_t most) {
+  require(most <= INT32_MAX / 8, "expected fewer than 2^28 work items, got up to ", most,
+          ": lower max_tokens, max_requests or max_kv_len");
 }
 
 }  // namespace
@@ -59,6 +68,7 @@ PlanLayout plan_layout(const PlanConfig& c) {
   int64_t tiles = std::min(c.max_tokens * ceil_div(c.group, c.tile_q_wide),
                            (c.max_tokens * c.group + requests * (c.tile_q_wide - 1)) / c.tile_q_wide);
   l.max_segments = tiles + narrow * (chunks - 1);
+  require_items(l.max_segments);  // or the products below could overflow
   if (c.chunk_tiles > 0) {
     l.max_merges = chunks > 1 ? c.kv_heads * narrow : 0;
     l.max_slots = l.max_merges * chunks;
@@ -68,9 +78,7 @@ PlanLayout plan_layout(const PlanConfig& c) {
     l.max_slots = c.workers - 1 + l.max_merges;
     l.max_items = l.max_segments * c.kv_heads + c.workers - 1;
   }
-  require(l.max_items <= INT32_MAX / 8 && l.max_slots <= INT32_MAX,
-          "expected fewer than 2^28 work items, got up to ", l.max_items,
-          ": lower max_tokens, max_requests or max_kv_len");
+  require_items(std::max(l.max_items, l.max_slots));
 
   int64_t end = 0;
   auto section = [&end](int64_t bytes) {
@@ -95,6 +103,7 @@ PlanLayout plan_layout(const PlanConfig& c) {
 void check_lengths(const PlanConfig& c, const int32_t* qo_indptr, const int32_t* kv_len,
                    int32_t num_requests) {
   int64_t limit = c.max_kv_len > 0 ? c.max_kv_len : kMaxKvLen;
+  require(qo_indptr[0] >= 0, "expected qo_indptr not to be negative, got ", qo_indptr[0], " at its start");
   for (int32_t r = 0; r < num_requests; ++r) {
     require(qo_indptr[r] <= qo_indptr[r + 1], "expected qo_indptr not to decrease, got ", qo_indptr[r],
             " then ", qo_indptr[r + 1], " at request ", r);
