@@ -150,6 +150,19 @@ def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
         jit.build(jit.library(SPEC))
 
 
+def test_library_that_cannot_be_loaded(cache: Path) -> None:
+    folder = jit.build(jit.library(SPEC))
+    (folder / "lib.so").write_bytes(b"not a library")
+    jit.executor.cache_clear()
+    with pytest.raises(
+        jit.BuildError, match=rf"^cannot load cpu attention .*; remove {folder} and it is built"
+    ):
+        jit.executor(SPEC)
+    (folder / "lib.so").unlink()  # the rest of the folder stays
+    assert jit.executor(SPEC).attention
+    jit.executor.cache_clear()
+
+
 GEMMA2 = {
     "model_type": "gemma2",
     "head_dim": 256,

@@ -230,6 +230,9 @@ def build(lib: Library) -> Path:
                 # only the holder of the lock builds this name: what lies there is of a crashed builder
                 for stale in cache.glob(f"{target.name}.tmp-*"):
                     shutil.rmtree(stale, ignore_errors=True)
+                shutil.rmtree(
+                    target, ignore_errors=True
+                )  # a folder without its library would be in the way of the rename
                 _compile_into(lib, target)
     except OSError as error:
         raise BuildError(f"cannot write the cache folder {cache} (set FI_CACHE_DIR): {error}") from error
@@ -269,13 +272,26 @@ def core() -> Any:
     """The tvm-ffi module of csrc/core."""
     import tvm_ffi
 
-    return tvm_ffi.load_module(str(build(_core_library()) / "lib.so"))
+    return _loaded(_core_library(), tvm_ffi.load_module)
 
 
-def _address(lib: ctypes.CDLL, symbol: str) -> int:
-    address = ctypes.cast(getattr(lib, symbol), ctypes.c_void_p).value
-    assert address is not None
-    return address
+def _loaded(lib: Library, load: Callable[[str], Any]) -> Any:
+    folder = build(lib)
+    try:
+        return load(str(folder / "lib.so"))
+    except (OSError, RuntimeError, AttributeError) as error:
+        raise BuildError(
+            f"cannot load {lib.label}: {str(error).splitlines()[0]}; remove {folder} and it is built again"
+        ) from error
+
+
+def _addresses(lib: Library, *symbols: str) -> list[int]:
+    def load(path: str) -> list[int]:
+        library = ctypes.CDLL(path)
+        return [ctypes.cast(getattr(library, s), ctypes.c_void_p).value or 0 for s in symbols]
+
+    addresses: list[int] = _loaded(lib, load)
+    return addresses
 
 
 @dataclass(frozen=True)
@@ -298,15 +314,13 @@ class Smxx:
 @functools.cache
 def executor(spec: Spec) -> Executor:
     """Builds on first use. Raises BuildError, and ValueError for a spec that no executor takes."""
-    lib = ctypes.CDLL(str(build(library(spec)) / "lib.so"))
-    return Executor(_address(lib, "fi_attention"), _address(lib, "fi_error"))
+    return Executor(*_addresses(library(spec), "fi_attention", "fi_error"))
 
 
 @functools.cache
 def smxx(arch: int) -> Smxx:
     """Device planner and append for a GPU of this arch (80, 90, ...). Builds on first use, or BuildError."""
-    lib = ctypes.CDLL(str(build(_smxx_library(arch)) / "lib.so"))
-    return Smxx(_address(lib, "fi_plan"), _address(lib, "fi_append"), _address(lib, "fi_error"))
+    return Smxx(*_addresses(_smxx_library(arch), "fi_plan", "fi_append", "fi_error"))
 
 
 def needed(specs: Iterable[Spec]) -> list[Library]:
