@@ -141,7 +141,7 @@ class BlockSparse:
         if self.page_size < 1:
             raise ValueError(f"expected page_size of at least 1, got {self.page_size}")
         if self.starts is not None:
-            _check_rank("starts", self.starts, 1, "[requests]")
+            _check_rows("starts", self.starts, requests)
             _check_int("starts", self.starts, device, torch.int32, torch.int64)
             if self.starts.shape[0] > 1 and self.starts.stride(0) != 1:
                 raise ValueError(f"expected starts contiguous, got stride {self.starts.stride(0)}")

@@ -119,6 +119,11 @@ def test_empty_batch() -> None:
             r"indptr of at least 2 entries, got shape \[1\]",
         ),
         (
+            lambda: BlockSparse(_lens(0, 1, 2), _lens(3, 3), _lens(0, 0), _lens(0), 1, 1, False, 16),
+            ValueError,
+            r"starts of at least 2 entries, got shape \[1\]",
+        ),
+        (
             lambda: BlockSparse.from_token_table(
                 _lens(0, 1), _lens(3), torch.zeros(1, 1).int(), torch.ones(1), 1
             ),
