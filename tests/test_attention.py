@@ -144,3 +144,17 @@ def test_oracle_agrees_with_torch() -> None:
     theirs = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
     ours, _ = reference.attention(inputs.q, inputs.kv, inputs.batch, inputs.variant, {}, 64**-0.5)
     torch.testing.assert_close(ours, theirs[0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("workers", [1, 64])
+def test_nan_in_a_query_stays_nan(workers: int) -> None:
+    """Also through a merge, and in its own row only."""
+    inputs = make(Case((1, 3), (900, 17)))
+    plan = checks.planner_for(inputs, workers).plan(inputs.batch)
+    clean, _ = checks.run_inputs(plan, inputs)
+    assert (int(plan.header[1]) > 0) == (workers > 1), "merges"
+    inputs.q[0, 1] = inputs.q[2, 0, 5] = float("nan")
+    out, _ = checks.run_inputs(plan, inputs)
+    assert out[0, 1].isnan().all() and out[2, 0].isnan().all()
+    clean[0, 1] = clean[2, 0] = float("nan")
+    assert torch.equal(out.nan_to_num(9), clean.nan_to_num(9))

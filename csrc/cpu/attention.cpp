@@ -83,8 +83,7 @@ void load_rows(const AttentionParams& p, const Args& args, const WorkItem& w, Ti
     Place at = place_of(p, w, i);
     int32_t q_pos = kv_len - q_len + int32_t(at.token - first_token(p, w));
     t.row[i] = {w.request, at.head, q_pos, kv_len};
-    KeyRange keys = Variant::keys(args, t.row[i]);
-    t.keys[i] = {std::max(keys.begin, 0), std::min(keys.end, kv_len)};
+    t.keys[i] = Variant::keys(args, t.row[i]);
     t.state[i] = State::empty();
     const Element* q = static_cast<const Element*>(p.q) + at.token * p.q_token + at.head * p.q_head;
     for (int d = 0; d < kHeadDimQk; ++d) t.q[i][d] = to_float(q[d]);
@@ -161,14 +160,12 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
   State& state = t.state[i];
   float reference =
       state.max > top ? state.max : top;  // one reference for old and new: nothing to rescale twice
-  if (reference == -INFINITY) {           // a logits transform hid every key
-    std::fill_n(s + lo, hi - lo, 0.f);
-    return 1.f;
-  }
+  // -inf: a logits transform hid every key, or all are NaN, which the comparison above passes over
+  float base = reference == -INFINITY ? 0.f : reference;
   float mass = 0.f;
 #pragma omp simd reduction(+ : mass)
   for (int j = lo; j < hi; ++j) {
-    s[j] = exp2_negative(s[j] - reference);
+    s[j] = exp2_negative(s[j] - base);
     mass += s[j];
   }
   return state.join(reference, mass).keep;
@@ -227,7 +224,6 @@ void merge(const AttentionParams& p, const Args& args, const WorkItem& w) {
     for (int32_t slot = w.kv_begin; slot < w.kv_end; ++slot) {
       int64_t at = int64_t(slot) * p.partial_rows + i;
       State::Factors f = state.join(p.partial_lse[at]);
-      if (f.take == 0.f) continue;
       for (int d = 0; d < kHeadDimVo; ++d) o[d] = o[d] * f.keep + f.take * p.partial_o[at * kHeadDimVo + d];
     }
     write_row(p, args, w, i, state, o);
