@@ -31,6 +31,11 @@ def check_page_table(batch: BlockSparse, num_pages: int, window: int | None) -> 
                 f"page table: request {request} needs {pages} pages, entries {first} to {last}, "
                 f"expected entries of 0 to {size - 1}"
             )
+        if table.dim() == 2 and (pages - 1) * batch.entry_step > (table.shape[1] - 1) * table.stride(1):
+            raise ValueError(
+                f"page table: request {request} needs {pages} pages of {batch.page_size} tokens, "
+                f"expected no more than fit a row of {table.shape[1]} entries"
+            )
         entries = flat[first : last + 1 : max(batch.entry_step, 1)]
         page_ids = entries // batch.page_size if batch.entries_are_slots else entries
         bad = ((entries < 0) | (page_ids >= num_pages)).nonzero()
@@ -42,6 +47,12 @@ def check_page_table(batch: BlockSparse, num_pages: int, window: int | None) -> 
                 f"page table: request {request}, entry {skipped + at}: expected a {what} of 0 to {limit - 1}"
                 f", got {int(entries[at])}"
             )
+
+
+def check_tokens(batch: BlockSparse, tokens: int) -> None:
+    """Raises ValueError if q has fewer tokens than the batch. On the CPU `run` always asks."""
+    if not _capturing(batch.table) and (end := int(batch.qo_indptr[-1])) > tokens:
+        raise ValueError(f"expected q of at least {end} tokens (qo_indptr ends there), got {tokens}")
 
 
 def check_slots(slot_mapping: torch.Tensor, slots: int) -> None:

@@ -95,10 +95,11 @@ class _StagingRing:
 class Planner:
     """Owns the buffers of one plan at a time; every address and shape is fixed here.
 
-    max_requests and max_tokens (query tokens of a batch) are capacities. max_kv_len is needed when
-    batch_invariant, otherwise it only bounds what the host planner accepts. window: keys (q - window, q] are
-    planned for, None for all. workspace: any contiguous tensor of at least workspace_bytes on the device, for
-    the partial states of split tiles; planners whose attention never overlaps may share one.
+    max_requests and max_tokens (query tokens of a batch) are capacities; max_tokens * (q_heads / kv_heads)^2
+    must be below 2^32. max_kv_len is needed when batch_invariant, otherwise it only bounds what the host
+    planner accepts. window: keys (q - window, q] are planned for, None for all. workspace: any contiguous
+    tensor of at least workspace_bytes on the device, for the partial states of split tiles; planners whose
+    attention never overlaps may share one.
     Raises ValueError for numbers that make no sense or do not fit.
     """
 
@@ -157,6 +158,7 @@ class Planner:
         self.layout = _Layout(*self._core.plan_layout(self._config))
         self._smxx = jit.smxx(jit.arch_of(device)) if device.type == "cuda" else None
         self._ring: _StagingRing | None = None
+        self.planned: BlockSparse | None = None  # whose lengths the buffers hold
         self._debug = env.debug()
 
         buffer = torch.zeros(self.layout.bytes + 63, dtype=torch.uint8, device=device)
@@ -199,10 +201,10 @@ class Planner:
         if workspace is None:
             workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
         found = workspace.numel() * workspace.element_size()
-        if workspace.device != self.device or not workspace.is_contiguous():
-            raise ValueError(
-                f"expected a contiguous workspace on {self.device}, got one on {workspace.device}"
-            )
+        if workspace.device != self.device:
+            raise ValueError(f"expected the workspace on {self.device}, got one on {workspace.device}")
+        if not workspace.is_contiguous():
+            raise ValueError(f"expected a contiguous workspace, got strides {list(workspace.stride())}")
         if found < wanted:
             raise ValueError(f"expected a workspace of at least {wanted} bytes, got {found}")
         if workspace.data_ptr() % 16:
@@ -245,7 +247,10 @@ class Planner:
             self._core.plan_device(
                 self._config, self._buffer, batch.qo_indptr, batch.kv_len, smxx.plan, smxx.error
             )
-        plan = Plan(self, batch)
+        last = self.planned
+        if last is None or last.qo_indptr is not batch.qo_indptr or last.kv_len is not batch.kv_len:
+            self.planned = last = batch
+        plan = Plan(self, batch, last)
         if self._debug and not (self._smxx and torch.cuda.is_current_stream_capturing()):
             plan.check()
         return plan
@@ -267,10 +272,11 @@ class Planner:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A planned batch: what `run` takes. Its buffers are the planner's, valid until that plans again."""
+    """A planned batch: what `run` takes. Valid until its planner, which owns the buffers, plans anew."""
 
     planner: Planner
     batch: BlockSparse
+    planned: BlockSparse  # whose lengths became work items; `rebind` changes `batch` alone
 
     @property
     def header(self) -> torch.Tensor:
@@ -316,7 +322,7 @@ class Plan:
             and torch.equal(batch.kv_len, self.batch.kv_len)
         ):
             raise ValueError("expected a batch of the planned lengths, got other qo_indptr or kv_len")
-        return Plan(self.planner, batch)
+        return Plan(self.planner, batch, self.planned)
 
     def check(self) -> None:
         """Waits for the plan. Raises RuntimeError if its lengths exceeded the planner's capacities."""

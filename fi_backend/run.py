@@ -20,6 +20,7 @@ class _Runner:
     """What stays the same for all plans of a planner."""
 
     arch: int
+    gpu: int | None  # index; None: the CPU
     scale: float
     debug: bool
     call: Any
@@ -34,7 +35,8 @@ def _runner(planner: Planner) -> _Runner:
         raise ValueError(
             f"expected tiles of {compiled} (q_wide, q_narrow, kv of the compiled executor), got {found}"
         )
-    runner = _Runner(arch, planner.head_dim_qk**-0.5, env.debug(), core.run, {})
+    gpu = planner.device.index if planner.device.type == "cuda" else None
+    runner = _Runner(arch, gpu, planner.head_dim_qk**-0.5, env.debug(), core.run, {})
     planner.__dict__["_runner"] = runner
     return runner
 
@@ -79,6 +81,8 @@ def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtyp
         raise ValueError(
             f"expected a variant with WINDOW (the plan kept {planner.window} keys a row), got {variant}"
         )
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"expected q to be a torch tensor, got one of dtype {dtype!r}")
     if dtype not in jit.DTYPES:
         raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
     spec = jit.Spec(runner.arch, jit.DTYPES[dtype], planner.head_dim_qk, planner.head_dim_vo, variant)
@@ -101,9 +105,9 @@ def run(
 
     q [tokens, q_heads, head_dim_qk] and out [tokens, q_heads, head_dim_vo]: bf16 or f16 (f32 too on the
     CPU), any strides with a contiguous last dimension; tokens past qo_indptr[-1] are left as they are.
-    Logits are scale * q.k, scale is head_dim_qk ** -0.5 by default. lse [tokens, q_heads] float32 is filled
-    with the natural log of the sum of exponentials; rows without keys get -inf and out 0. The variant's
-    arguments go by name.
+    Logits are scale * q.k; scale is above 0, by default head_dim_qk ** -0.5. lse [tokens, q_heads] float32 is
+    filled with the natural log of the sum of exponentials; rows without keys get -inf and out 0. The
+    variant's arguments go by name.
 
     Runs on the current stream, allocates only `out`, never synchronises (unless FI_DEBUG=1). Raises
     ValueError or TypeError for inputs that do not fit the plan, RuntimeError when a kernel cannot be built
@@ -111,6 +115,14 @@ def run(
     """
     planner = plan.planner
     runner = planner.__dict__.get("_runner") or _runner(planner)
+    if runner.gpu is not None and runner.gpu != torch.cuda.current_device():
+        with torch.cuda.device(runner.gpu):  # a launch goes to the current device, whatever its stream's
+            return run(plan, q, kv, out, variant=variant, scale=scale, lse=lse, **variant_args)
+    if plan.planned is not planner.planned:
+        raise ValueError(
+            "expected the last plan of its planner, got one whose work items a plan of other lengths has "
+            "overwritten: run it before that, or use two planners"
+        )
     executor = runner.executors.get((variant, q.dtype)) or _load(planner, runner, variant, q.dtype)
     args = variant.pack(variant_args, planner.q_heads, planner.device)
     if planner.window is not None and variant_args["window"] > planner.window:
@@ -120,6 +132,7 @@ def run(
     if out is None:
         out = q.new_empty(q.shape[0], planner.q_heads, planner.head_dim_vo)
     if runner.debug:
+        debug.check_tokens(plan.batch, q.shape[0])
         debug.check_page_table(plan.batch, kv.num_pages, planner.window)
     if scale is None:
         scale = runner.scale
@@ -139,6 +152,10 @@ def append(kv: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Te
     """
     function = error = 0
     if kv.k.is_cuda:
+        if kv.device.index != torch.cuda.current_device():
+            with torch.cuda.device(kv.device):  # as in run
+                append(kv, k, v, slot_mapping)
+            return
         smxx = jit.smxx(jit.arch_of(kv.device))
         function, error = smxx.append, smxx.error
         if env.debug():

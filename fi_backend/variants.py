@@ -16,6 +16,7 @@ import torch
 
 _FORMATS = {"float": "f4x", "int": "i4x", "tensor": "Q"}  # every argument fills one 8-byte slot
 MAX_ARGS = 8  # kMaxVariantBytes / 8 in csrc/params.h
+MAX_KV_LEN = 1 << 30  # kMaxKvLen in csrc/schedule.h; a longer window would overflow int32 positions
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Argument:
     name: str
     kind: str
     at_least: float | None = None
+    at_most: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,11 +130,17 @@ def _slot(variant: Variant, arg: Argument, value: Any, q_heads: int, device: tor
         if value.device != device:
             raise ValueError(f"variant {variant.name}: expected {arg.name} on {device}, got {value.device}")
         return value.data_ptr()
-    number = int(value) if arg.kind == "int" else float(value)
-    if number != value:
-        raise ValueError(f"variant {variant.name}: expected {arg.name} to be an {arg.kind}, got {value!r}")
+    try:
+        number = int(value) if arg.kind == "int" else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or number != value:
+        kind = "an int" if arg.kind == "int" else "a float"
+        raise ValueError(f"variant {variant.name}: expected {arg.name} to be {kind}, got {value!r}")
     if arg.at_least is not None and not number >= arg.at_least:
         raise ValueError(f"variant {variant.name}: expected {arg.name} >= {arg.at_least:g}, got {value!r}")
+    if arg.at_most is not None and not number <= arg.at_most:
+        raise ValueError(f"variant {variant.name}: expected {arg.name} <= {arg.at_most}, got {value!r}")
     return number
 
 
@@ -144,7 +152,7 @@ WINDOW = Variant(
     Feature(
         "WINDOW",
         "fi::Window",
-        (Argument("window", "int", at_least=1),),
+        (Argument("window", "int", at_least=1, at_most=MAX_KV_LEN),),
         mask=lambda q_pos, kv_pos, *, window, **_: kv_pos[None, :] > q_pos[:, None] - window,
     )
 )
@@ -152,7 +160,8 @@ SOFT_CAP = Variant(
     Feature(
         "SOFT_CAP",
         "fi::SoftCap",
-        (Argument("soft_cap", "float", at_least=1e-6),),
+        # at most: the error of capped() on a GPU grows with the cap
+        (Argument("soft_cap", "float", at_least=1e-6, at_most=1000),),
         logits=lambda x, q_pos, kv_pos, *, soft_cap, **_: soft_cap * torch.tanh(x / soft_cap),
     )
 )

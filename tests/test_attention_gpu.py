@@ -201,6 +201,19 @@ def test_refusals_of_the_gpu(change, message: str) -> None:
         run(plan, **({"q": inputs.q, "kv": inputs.kv, "out": inputs.out} | change(inputs)))
 
 
+def test_append_of_rows_that_are_no_whole_vectors() -> None:
+    kv = KVCache.separate(*torch.zeros(2, 4, 16, 2, 24, device="cuda", dtype=torch.bfloat16)[..., :20])
+    new = torch.zeros(1, 2, 24, device="cuda", dtype=torch.bfloat16)[..., :20]
+    with pytest.raises(ValueError, match="rows of a multiple of 16 bytes, got 20 elements of 2 bytes"):
+        append(kv, new, new, torch.zeros(1, device="cuda", dtype=torch.int64))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_tensors_that_are_not_on_the_current_gpu() -> None:
+    checks.check_attention(LONG, "cuda:1")
+    checks.check_append(Case((1,), (150,)), "cuda:1")
+
+
 def test_run_does_not_synchronise() -> None:
     inputs = make(FLAT[1], "cuda")
     planner = checks.planner_for(inputs)

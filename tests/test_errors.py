@@ -41,6 +41,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         TypeError,
         "expected q of bfloat16, float16 or float32, got torch.float64",
     ),
+    ({"q": _q(dtype=torch.float32).numpy()}, TypeError, "expected q to be a torch tensor, got .*float32"),
     ({"q": _q()[0]}, ValueError, r"expected q \[tokens, q_heads, head_dim\], got shape \[4, 64\]"),
     ({"q": _q(dim=128)[..., ::2]}, ValueError, "expected q with a contiguous last dimension, got stride 2"),
     ({"kv": _cache(dim=96)}, ValueError, "expected head_dim 64 in k, got 96"),
@@ -62,8 +63,21 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"variant": CAUSAL + SOFT_CAP, "soft_cap": 0.0}, ValueError, "expected soft_cap >= 1e-06, got 0.0"),
     ({"variant": CAUSAL + SOFT_CAP, "soft_cap": float("nan")}, ValueError, "got nan"),
+    (
+        {"variant": CAUSAL + SOFT_CAP, "soft_cap": float("inf")},
+        ValueError,
+        "expected soft_cap <= 1000, got inf",
+    ),
+    ({"variant": CAUSAL + SOFT_CAP, "soft_cap": None}, ValueError, "soft_cap to be a float, got None"),
     ({"variant": CAUSAL + WINDOW, "window": 0}, ValueError, "expected window >= 1, got 0"),
     ({"variant": CAUSAL + WINDOW, "window": 2.5}, ValueError, "expected window to be an int, got 2.5"),
+    ({"variant": CAUSAL + WINDOW, "window": 1 << 31}, ValueError, "window <= 1073741824, got 2147483648"),
+    ({"variant": CAUSAL + WINDOW, "window": float("inf")}, ValueError, "window to be an int, got inf"),
+    ({"scale": -0.125}, ValueError, "expected a finite scale above 0 in float32, got -0.125"),
+    ({"scale": 0.0}, ValueError, "expected a finite scale above 0 in float32, got 0"),
+    ({"scale": 1e-60}, ValueError, "expected a finite scale above 0 in float32, got 1e-60"),
+    ({"scale": float("nan")}, ValueError, "expected a finite scale above 0 in float32, got nan"),
+    ({"scale": float("inf")}, ValueError, "expected a finite scale above 0 in float32, got inf"),
     (
         {"variant": CAUSAL + SINKS, "sinks": torch.zeros(2)},
         ValueError,
@@ -83,6 +97,26 @@ def test_run_refuses(changes: dict[str, Any], error: type[Exception], message: s
     assert "\n" not in str(caught.value)
     untouched = given["out"].isnan() if "out" not in changes else given["out"] == 0
     assert untouched.all(), "something was written"
+
+
+def test_a_plan_that_was_overwritten() -> None:
+    inputs, other = make(CASE), make(replace(CASE, q_lens=(2, 2)))
+    planner = checks.planner_for(inputs)
+    plan = planner.plan(inputs.batch)
+    planner.plan(inputs.batch)  # the same lengths: the same work items
+    checks.run_inputs(plan, inputs)
+    planner.plan(other.batch)
+    with pytest.raises(ValueError, match="expected the last plan of its planner, got one whose work items"):
+        checks.run_inputs(plan, inputs)
+    with pytest.raises(ValueError, match="expected the last plan of its planner, got one whose work items"):
+        checks.run_inputs(plan.rebind(inputs.batch), inputs)
+
+
+def test_a_page_size_beyond_int32() -> None:
+    inputs = make(CASE)
+    plan = checks.planner_for(inputs).plan(replace(inputs.batch, page_size=(1 << 32) + 16))
+    with pytest.raises(ValueError, match="expected page_size of at most 2147483647, got 4294967312"):
+        run(plan, inputs.q, inputs.kv)
 
 
 def test_window_wider_than_the_plan() -> None:
@@ -136,6 +170,19 @@ def test_page_table_too_short(monkeypatch) -> None:
     inputs.batch.kv_len[1] = 3000
     with pytest.raises(
         ValueError, match=r"request 1 needs 188 pages, entries \d+ to \d+, expected entries of 0 to"
+    ):
+        run(plan, inputs.q, inputs.kv)
+
+
+@pytest.mark.parametrize("table", ["block", "token"])
+def test_page_table_row_too_short(table: str, monkeypatch) -> None:
+    """The entries after a row are the next request's: they lie in the table, but answer for somebody else."""
+    monkeypatch.setenv("FI_DEBUG", "1")
+    inputs = make(replace(CASE, table=table))
+    plan = checks.planner_for(inputs, max_kv_len=4000).plan(inputs.batch)
+    inputs.batch.kv_len[0] = 100
+    with pytest.raises(
+        ValueError, match=r"request 0 needs 7 pages of 16 tokens, expected .* row of \d+ entr"
     ):
         run(plan, inputs.q, inputs.kv)
 

@@ -14,6 +14,9 @@ void check_new(const char* name, const TensorView& x, const TensorView& cache, i
       << cache.size(3) << "], got " << shape_text(x);
   require_rows(name, x, gpu);
   require_rows("cache", cache, gpu);
+  FI_REQUIRE(!gpu || x.size(2) * element_bytes(x) % 16 == 0, ValueError)
+      << "expected " << name << " with rows of a multiple of 16 bytes, got " << x.size(2) << " elements of "
+      << element_bytes(x) << " bytes";
 }
 
 // One side of the cache, K or V.

@@ -1,5 +1,6 @@
 #include "attention.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace fi::core {
@@ -95,6 +96,8 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
   FI_REQUIRE(batch.entry_step >= 0 && batch.entry_step <= INT32_MAX, ValueError)
       << "expected a page table step of 0 to 2147483647 entries, got " << batch.entry_step;
   b.entry_step = int32_t(batch.entry_step);
+  FI_REQUIRE(batch.page_size <= INT32_MAX, ValueError)
+      << "expected page_size of at most 2147483647, got " << batch.page_size;
   b.entries_are_slots = batch.entries_are_slots;
   b.num_requests = int32_t(batch.kv_len.size(0));
 
@@ -118,6 +121,9 @@ void run(const BoundPlan& bound, int64_t function, int64_t error_text, const Ten
   check_cache(bound, q, k, v, gpu);
   FI_REQUIRE(variant_bytes <= kMaxVariantBytes, ValueError)
       << "expected at most " << kMaxVariantBytes << " bytes of variant arguments, got " << variant_bytes;
+  // a row's largest score gives its largest logit only if the scale is positive
+  FI_REQUIRE(float(scale) > 0.f && std::isfinite(float(scale)), ValueError)
+      << "expected a finite scale above 0 in float32, got " << scale;
   if (!gpu) {  // lengths are readable here, and a GPU cannot be asked without waiting for it
     int32_t tokens = bound.params.batch.qo_indptr[bound.params.batch.num_requests];
     FI_REQUIRE(tokens <= q.size(0), ValueError)
