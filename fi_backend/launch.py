@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import env
 from .jit import BuildError, toolchain
 from .progress import Ticker
@@ -27,8 +29,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it would compile kernels of its own for a minute and more
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
 }
+CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
 
 
 def say(text: str) -> None:
@@ -136,11 +138,9 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--port", type=int, help="serve instead of answering one prompt")
     args = parser.parse_args()
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import torch
-
     gpu = torch.cuda.is_available()
+    for name, value in (ENVIRONMENT if gpu else ENVIRONMENT | CPU_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
     if not gpu:
         os.environ["FI_BACKEND_CPU"] = "1"  # puts our class into the CPU platform's only attention slot
     options = engine_options(args.model, gpu)
