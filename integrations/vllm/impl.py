@@ -48,6 +48,7 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
             head_size=head_size,
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads,
+            scale=self.scale,
             kv_cache_dtype=kv_cache_dtype,
             attn_type=attn_type,
             on_cpu=device.type == "cpu",
@@ -73,6 +74,9 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
                 refuse(f"expected sinks [{num_heads}] (query heads), got {list(sinks.shape)}")
             # fixed address: captured graphs hold it, and weights may be loaded again later
             self._args["sinks"] = torch.empty(num_heads, dtype=torch.float32, device=sinks.device)
+        # a value that the kernels refuse ends the start, not the first step
+        tensors = (x for x in self._args.values() if isinstance(x, torch.Tensor))
+        self.variant.pack(self._args, num_heads, next((x.device for x in tensors), device))
         self._cache: torch.Tensor | None = None
         self._kv: fi_backend.KVCache | None = None
         kernels.start(device, config.model_config.dtype, head_size, self.variant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ def check_layer(
     head_size: int,
     num_heads: int,
     num_kv_heads: int,
+    scale: float,
     kv_cache_dtype: str | None,
     attn_type: str,
     on_cpu: bool,
@@ -35,6 +37,8 @@ def check_layer(
         refuse(f"expected head_size a multiple of {step} up to 256, got {head_size}")
     if num_heads % num_kv_heads:
         refuse(f"expected query heads a multiple of the {num_kv_heads} KV heads, got {num_heads}")
+    if not 0 < scale < math.inf:
+        refuse(f"expected a scale above 0, got {scale}")
     if kv_cache_dtype is not None and kv_cache_dtype not in KV_CACHE_DTYPES:
         refuse(f"expected kv_cache_dtype {', '.join(KV_CACHE_DTYPES)}, got {kv_cache_dtype}")
     if attn_type != "decoder":

@@ -26,6 +26,7 @@ LAYER: dict[str, Any] = {
     "head_size": 64,
     "num_heads": 4,
     "num_kv_heads": 2,
+    "scale": 0.125,
     "kv_cache_dtype": "auto",
     "attn_type": "decoder",
     "on_cpu": True,
@@ -38,6 +39,8 @@ BAD_LAYERS = [
     ({"head_size": 512}, "got 512"),
     ({"head_size": 72, "on_cpu": False}, "got 72"),
     ({"num_heads": 5}, "got 5"),
+    ({"scale": 0.0}, "got 0.0"),
+    ({"scale": float("nan")}, "got nan"),
     ({"extra": {"use_alibi_sqrt": True}}, "use_alibi_sqrt"),
     ({"extra": {"chunk_lookback": 0}}, "chunk_lookback"),
     ({"extra": {"something_new": torch.zeros(1)}}, "something_new"),
@@ -53,6 +56,30 @@ def test_a_layer_we_cannot_serve_is_refused_with_the_reason(change: dict[str, An
 
 def test_unset_extras_are_accepted() -> None:
     limits.check_layer(**{**LAYER, "extra": {"use_alibi_sqrt": False, "chunk_lookback": -1, "x": None}})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"logits_soft_cap": 1e6}, "soft_cap"),
+        ({"sliding_window": 0}, "window"),
+        ({"alibi_slopes": [0.5, 0.25, 0.125]}, "alibi_slopes"),
+        ({"sinks": torch.zeros(3)}, "sinks"),
+    ],
+)
+def test_a_layer_argument_out_of_range_is_refused_when_the_layer_is_made(
+    given: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fi_backend.vllm import impl
+
+    engine = SimpleNamespace(
+        device_config=SimpleNamespace(device="cpu"), model_config=SimpleNamespace(dtype=torch.float32)
+    )
+    monkeypatch.setattr(impl, "get_current_vllm_config", lambda: engine)
+    monkeypatch.setattr(impl.kernels, "start", lambda *_: None)
+    impl.FiAttentionImpl(4, 64, 0.125, 2)
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        impl.FiAttentionImpl(4, 64, 0.125, 2, **given)
 
 
 class FullAttentionSpec(SimpleNamespace):

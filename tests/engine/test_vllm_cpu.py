@@ -45,7 +45,7 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any], list[list[list[int]]]]] = {
 # control -> (scenario, what our layers are told instead)
 CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
     "window too short by one": ("sliding window", {"sliding_window": models.WINDOW - 1}),
-    "soft cap ignored": ("soft cap and alternating windows", {"logits_soft_cap": 1e6}),
+    "soft cap ignored": ("soft cap and alternating windows", {"logits_soft_cap": None}),
     "scale off": ("chunked prefill and mixed batches", {"scale": 0.1}),
 }
 SPAWNED = "chunked prefill and mixed batches"
