@@ -250,6 +250,7 @@ def test_the_largest_group_of_rows_that_is_accepted() -> None:
     "changes, words",
     [
         ({"q_heads": 5, "kv_heads": 2}, "q_heads a multiple of kv_heads, got 5 and 2"),
+        ({"q_heads": 129, "kv_heads": 1}, "q_heads / kv_heads from 1 to 128, got 129"),
         ({"head_dim": 0}, "head_dim to be a multiple of 8 from 8 to 256, got 0"),
         ({"max_requests": 0}, "max_requests from 1 to"),
         ({"max_tokens": 0}, "max_tokens from 1 to"),
