@@ -261,8 +261,8 @@ def test_the_largest_group_of_rows_that_is_accepted() -> None:
         ),
         ({"window": 2**31 - 1}, "window from 0 to 1073741824, got 2147483647"),
         (
-            {"q_heads": 1 << 10, "max_tokens": 1 << 12},
-            r"max_tokens \* group\^2 below 2\^32, got 4096 \* 1024\^2",
+            {"q_heads": 1 << 7, "max_tokens": 1 << 18},
+            r"max_tokens \* group\^2 below 2\^32, got 262144 \* 128\^2",
         ),
         ({"max_kv_len": 0}, "max_kv_len of at least 1 token"),
         ({"window": 0}, "window of at least 1 token"),
