@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from .engine_process import ROOT, run, tell
 from .lengths import sharegpt
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -47,26 +45,10 @@ CASES: dict[str, list[tuple[int, int]]] = {  # (prompt tokens, output tokens) of
     "256 x ShareGPT-like": sharegpt(256),
     "16 x 16384 in, 128 out": [(16384, 128)] * 16,
 }
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
-MARK = "FIGURE "
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def figure(**values: Any) -> None:
-    """Child to parent, one line at once."""
-    print(MARK + json.dumps(values), flush=True)
 
 
 def buffers(worker: Any) -> list[dict[str, int]]:
@@ -98,9 +80,9 @@ def child(args: argparse.Namespace) -> None:
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
     )
     started = time.monotonic()
-    figure(case="start-up", seconds=round(started - imported, 2), import_seconds=round(imported - begin, 2))
+    tell(case="start-up", seconds=round(started - imported, 2), import_seconds=round(imported - begin, 2))
     for sizes in llm.collective_rpc(buffers)[0]:
-        figure(case="buffers", **sizes)
+        tell(case="buffers", **sizes)
 
     def generate(requests: list[tuple[int, int]], seed: int) -> float:
         prompts: list[Any] = [
@@ -120,7 +102,7 @@ def child(args: argparse.Namespace) -> None:
         return seconds
 
     if args.start_only:
-        figure(case="first answer", seconds=round(generate([(64, 4)], 1), 3))
+        tell(case="first answer", seconds=round(generate([(64, 4)], 1), 3))
         return
     generate([(300, 8)] * 32, 1)  # first use of the sampler's and the runner's own kernels
     for case, requests in CASES.items():
@@ -133,9 +115,9 @@ def child(args: argparse.Namespace) -> None:
                 break
             times.append(round(generate(requests, 100 * i), 3))
         if times:
-            figure(case=case, seconds=min(times), all_seconds=times)
+            tell(case=case, seconds=min(times), all_seconds=times)
         else:
-            figure(case=case, failed="no time left")
+            tell(case=case, failed="no time left")
 
 
 def machine() -> dict[str, str]:
@@ -187,25 +169,14 @@ def engine(
     for case in args.case:
         command += ["--case", case]
     say(f"{backend}, {condition} start, at most {seconds:.0f} s ...")
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **ENVIRONMENT, "FI_CACHE_DIR": str(cache)},
-        cwd=ROOT,
-    )
-    limit = threading.Timer(seconds, process.kill)
-    limit.start()
-    assert process.stdout is not None
-    for line in process.stdout:  # ends with the process
-        if line.startswith(MARK):
-            row = json.loads(line[len(MARK) :])
-            if row["case"] == "start-up":
-                row["case"] = f"start-up, {condition}"
-            report.add(impl=backend, **row)
-    limit.cancel()
-    if process.wait() != 0:
-        report.add(impl=backend, case=f"{condition} run", failed=f"exit code {process.returncode}")
+
+    def receive(row: dict[str, Any]) -> None:
+        if row["case"] == "start-up":
+            row["case"] = f"start-up, {condition}"
+        report.add(impl=backend, **row)
+
+    if code := run(command, seconds, receive, {"FI_CACHE_DIR": str(cache)}):
+        report.add(impl=backend, case=f"{condition} run", failed=f"exit code {code}")
 
 
 def main() -> None:

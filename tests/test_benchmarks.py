@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import engine_process, report
 from benchmarks.__main__ import measure, peer_names
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
@@ -59,6 +60,14 @@ def test_measure_and_report(tmp_path: Path) -> None:
     assert "| start-up, our kernels built from nothing | 25.00 | 20.00 | 1.25 |" in text
     with pytest.raises(ValueError, match="serving figures: begin"):
         report.replace_block(page, {"meta": meta, "rows": serving})
+
+
+def test_an_engine_process_is_heard_at_once_and_limited() -> None:
+    code = "import time, benchmarks.engine_process as p; print('noise'); p.tell(a=1); time.sleep({})"
+    for sleep, seconds, ended in ((0, 60, 0), (60, 8, -9)):
+        heard: list[dict[str, int]] = []
+        found = engine_process.run([sys.executable, "-c", code.format(sleep)], seconds, heard.append, {})
+        assert (heard, found) == ([{"a": 1}], ended)
 
 
 def test_peers() -> None:

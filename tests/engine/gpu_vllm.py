@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -20,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serve_vllm import ENVIRONMENT
+from benchmarks import engine_process
+from benchmarks.engine_process import tell
 
-ROOT = Path(__file__).resolve().parents[2]
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     # pieces are cut by the compiler
@@ -55,7 +53,6 @@ What is the first month of the year?|Which ocean lies between Europe and America
     .split("|")
 )
 MAX_DIFFERENCE, MIN_AGREEING, MAX_BUILD_US = 0.002, 30, 40.0
-MARK = "STAGE "
 
 
 def say(text: str) -> None:
@@ -150,9 +147,6 @@ def time_build(worker: Any) -> dict[str, Any]:
 
 
 def child(args: argparse.Namespace) -> None:
-    def stage(**values: Any) -> None:
-        print(MARK + json.dumps(values), flush=True)
-
     data = json.loads(args.tokens.read_text())
     backend, _, mode = args.child.split("-")
     begin = time.monotonic()
@@ -175,7 +169,7 @@ def child(args: argparse.Namespace) -> None:
         attention_backend=backend,
         **options,
     )
-    stage(start_seconds=round(time.monotonic() - begin, 1))
+    tell(start_seconds=round(time.monotonic() - begin, 1))
     ours = backend == "CUSTOM"
     if ours:
         llm.collective_rpc(guard_builds)
@@ -192,7 +186,7 @@ def child(args: argparse.Namespace) -> None:
             ranked = [sorted((x.logprob for x in step.values()), reverse=True) for step in best.logprobs]
             gaps.append([round(r[0] - r[1], 4) if len(r) > 1 else None for r in ranked])
         cached = sum(o.num_cached_tokens or 0 for o in outputs)
-        stage(**{round_name: {"tokens": tokens, "gaps": gaps, "cached": cached}})
+        tell(**{round_name: {"tokens": tokens, "gaps": gaps, "cached": cached}})
 
     scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": p} for p in data["chunks"]], scored, use_tqdm=False)
@@ -200,11 +194,11 @@ def child(args: argparse.Namespace) -> None:
     for output, ids in zip(outputs, data["chunks"], strict=True):
         for token, step in list(zip(ids, output.prompt_logprobs, strict=True))[1:]:
             losses.append(-step[token].logprob)
-    stage(perplexity=math.exp(math.fsum(losses) / len(losses)), scored_tokens=len(losses))
+    tell(perplexity=math.exp(math.fsum(losses) / len(losses)), scored_tokens=len(losses))
     if ours:
-        stage(served_builds=llm.collective_rpc(guarded_builds)[0])
-        stage(build_256=llm.collective_rpc(time_build)[0])
-    stage(done=True, seconds=round(time.monotonic() - begin, 1))
+        tell(served_builds=llm.collective_rpc(guarded_builds)[0])
+        tell(build_256=llm.collective_rpc(time_build)[0])
+    tell(done=True, seconds=round(time.monotonic() - begin, 1))
 
 
 # ---- in the parent
@@ -269,30 +263,19 @@ def run_engine(name: str, args: argparse.Namespace, tokens: Path, end: float, re
     command = [sys.executable, "-m", "tests.engine.gpu_vllm", "--child", name]
     command += ["--model", str(args.model), "--tokens", str(tokens)]
     log = args.out.with_name(f"{args.out.stem}-{name}.log")
+
+    def receive(values: dict[str, Any]) -> None:
+        results.add(name, values)
+        shown = [f"{k} {'done' if k.startswith('answers') else v}" for k, v in values.items()]
+        say(f"{name}: {', '.join(shown)}")
+
     with log.open("w") as errors:
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, **ENVIRONMENT, "VLLM_USE_V2_MODEL_RUNNER": runner},
-            cwd=ROOT,
-        )
-        limit = threading.Timer(left, process.kill)
-        limit.start()
-        assert process.stdout is not None
-        for line in process.stdout:  # ends with the process
-            if line.startswith(MARK):
-                values = json.loads(line[len(MARK) :])
-                results.add(name, values)
-                shown = [f"{k} {'done' if k.startswith('answers') else v}" for k, v in values.items()]
-                say(f"{name}: {', '.join(shown)}")
-        limit.cancel()
-        if process.wait() != 0:
-            lines = [x for x in log.read_text().splitlines() if x.strip() and "leaked" not in x]
-            tail = [x for x in lines if "nanobind" not in x][-12:]
-            results.add(name, {"failed": f"exit code {process.returncode}: " + " | ".join(tail)})
-            say(f"{name}: failed, exit code {process.returncode}\n  " + "\n  ".join(tail))
+        code = engine_process.run(command, left, receive, {"VLLM_USE_V2_MODEL_RUNNER": runner}, errors)
+    if code != 0:
+        lines = [x for x in log.read_text().splitlines() if x.strip() and "leaked" not in x]
+        tail = [x for x in lines if "nanobind" not in x][-12:]
+        results.add(name, {"failed": f"exit code {code}: " + " | ".join(tail)})
+        say(f"{name}: failed, exit code {code}\n  " + "\n  ".join(tail))
 
 
 def agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, list[str]]:

@@ -9,12 +9,14 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from benchmarks.engine_process import ROOT
+
 from . import gpu_vllm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.timeout(1800)]
 
 # FI_TEST_MODEL: another model folder than the one `./demo` makes
-MODEL = Path(os.environ.get("FI_TEST_MODEL") or gpu_vllm.ROOT / ".cache/models/SmolLM2-135M-Instruct")
+MODEL = Path(os.environ.get("FI_TEST_MODEL") or ROOT / ".cache/models/SmolLM2-135M-Instruct")
 
 
 @pytest.fixture(scope="module")
