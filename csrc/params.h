@@ -50,7 +50,6 @@ struct Batch {
   const int32_t* table;      // flat; page ids, or token slots when entries_are_slots
   const void* starts;        // [num_requests] int32 or int64 (starts_are_64); null: row r of a block table
   int64_t start_stride;      // entries
-  int64_t table_size;        // entries that may be read (debug mode checks against it)
   int32_t entry_step;        // entries from one page to the next
   int32_t starts_are_64;
   int32_t entries_are_slots;  // entry / page_size is the page id

@@ -54,7 +54,6 @@ def _bind(plan: Plan) -> torch.Tensor:
         batch.start_stride,
         batch.entry_step,
         batch.entries_are_slots,
-        batch.table_size,
         batch.page_size,
         plan.header,
         plan.worker_indptr,

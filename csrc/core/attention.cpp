@@ -92,7 +92,6 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
   b.starts = batch.starts.has_value() ? data_of(*batch.starts) : nullptr;
   b.starts_are_64 = batch.starts.has_value() && (*batch.starts).dtype().bits == 64;
   b.start_stride = batch.start_stride;
-  b.table_size = batch.table_size;
   FI_REQUIRE(batch.entry_step >= 0 && batch.entry_step <= INT32_MAX, ValueError)
       << "expected a page table step of 0 to 2147483647 entries, got " << batch.entry_step;
   b.entry_step = int32_t(batch.entry_step);

@@ -16,7 +16,7 @@ struct BoundPlan {
 struct BatchArgs {
   TensorView qo_indptr, kv_len, table;
   Optional<TensorView> starts;
-  int64_t start_stride, entry_step, table_size, page_size;
+  int64_t start_stride, entry_step, page_size;
   bool entries_are_slots;
 };
 

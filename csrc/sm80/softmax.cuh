@@ -29,7 +29,7 @@ struct RowState {
       : p(params), args(variant_args), task(t), thread(thread_index), all_rows{0, t.kv_len} {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      KeyRange k = task.keys(args, row(i));
+      KeyRange k = Variant::keys(args, row(i));
       all_rows = {::max(all_rows.begin, k.begin), ::min(all_rows.end, k.end)};
       max[i] = -INFINITY;
       sum[i] = 0.f;
@@ -61,7 +61,7 @@ struct RowState {
           }
       }
       if (masked) {
-        KeyRange k = task.keys(args, row(2 * fragment + half));
+        KeyRange k = Variant::keys(args, row(2 * fragment + half));
 #pragma unroll
         for (int n = 0; n < kTokens / 8; ++n)
 #pragma unroll

@@ -48,8 +48,8 @@ struct Task {
     end = min(q_len * p.group, begin + (wide ? kTileQ : kTiles.q_narrow));
     if (end <= begin) return;
     // Key ranges grow with the position, so the first and the last row bound the tile's.
-    key_begin = keys(args, row(p, begin)).begin;
-    key_end = keys(args, row(p, end - 1)).end;
+    key_begin = Variant::keys(args, row(p, begin)).begin;
+    key_end = Variant::keys(args, row(p, end - 1)).end;
     first_token = key_begin / kTileKv * kTileKv;
     if (!(item.flags & kFirstPiece)) first_token = max(first_token, item.kv_begin);
     int last = min(key_end, item.kv_end);
@@ -67,11 +67,6 @@ struct Task {
   __device__ __forceinline__ Row row(const AttentionParams& p, int packed) const {
     packed = min(packed, end - 1);
     return {request, head_of(p, packed), q_pos + token_of(p, packed), kv_len};
-  }
-  // clamped to [0, kv_len]
-  __device__ __forceinline__ KeyRange keys(const Args& args, const Row& r) const {
-    KeyRange x = Variant::keys(args, r);
-    return {max(x.begin, 0), min(x.end, kv_len)};
   }
   __device__ __forceinline__ TokenPlace find(const AttentionParams& p, int token) const {
     if (token < key_begin || token >= key_end) return {-1, 0};
