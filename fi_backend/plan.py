@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,8 +99,8 @@ class Planner:
     max_requests and max_tokens (query tokens of a batch) are capacities; max_tokens * (q_heads / kv_heads)^2
     must be below 2^32. max_kv_len is needed when batch_invariant, otherwise it only bounds what the host
     planner accepts. window: keys (q - window, q] are planned for, None for all. workspace: any contiguous
-    tensor of at least workspace_bytes on the device, for the partial states of split tiles; planners whose
-    attention never overlaps may share one.
+    tensor of at least workspace_bytes on the device, for the partial states of split tiles, or a function
+    (device, workspace_bytes) that returns one; planners whose attention never overlaps may share one.
     Raises ValueError for numbers that make no sense or do not fit.
     """
 
@@ -118,7 +119,7 @@ class Planner:
         batch_invariant: bool = False,
         device: torch.device | str,
         tiles: Tiles | None = None,
-        workspace: torch.Tensor | None = None,
+        workspace: torch.Tensor | Callable[[torch.device, int], torch.Tensor] | None = None,
     ) -> None:
         import tvm_ffi
 
@@ -196,10 +197,14 @@ class Planner:
     def _view(self, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
         return self._buffer[offset : offset + math.prod(shape) * 4].view(torch.int32).view(shape)
 
-    def _partials(self, workspace: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _partials(
+        self, workspace: torch.Tensor | Callable[[torch.device, int], torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = self.workspace_bytes
         if workspace is None:
             workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
+        elif not isinstance(workspace, torch.Tensor):
+            workspace = workspace(self.device, wanted)
         found = workspace.numel() * workspace.element_size()
         if workspace.device != self.device:
             raise ValueError(f"expected the workspace on {self.device}, got one on {workspace.device}")
