@@ -1,0 +1,106 @@
+"""One attention layer of an engine: what it computes, checked and composed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import jit, variants
+from ..formats import KVCache
+from ..plan import Plan
+from ..run import run
+from . import kernels
+from .refuse import check_layer, refuse
+
+
+class AttentionLayer:
+    """Variant, scale and fixed arguments of a layer; its kernels begin to build when it is made.
+
+    window: row q sees keys (q - window, q], without `causal` also those after q. soft_cap: None or 0 is off.
+    alibi_slopes: [q_heads] numbers. sinks: [q_heads] of any float dtype, or True to reserve the buffer that
+    `load_sinks` fills. tree: rows see what the per-call arguments tree_mask and tree_tokens say. More
+    keywords are fields of jit.Spec.
+    Raises NotImplementedError (refuse) or ValueError for what no executor takes, value and wish named.
+    """
+
+    def __init__(
+        self,
+        *,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        head_dim_vo: int | None = None,
+        scale: float,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        causal: bool = True,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        alibi_slopes: Sequence[float] | torch.Tensor | None = None,
+        sinks: bool | torch.Tensor | None = None,
+        tree: bool = False,
+        **spec: Any,
+    ) -> None:
+        device = torch.device(device)
+        self.q_heads, self.kv_heads = q_heads, kv_heads
+        self.head_dim, self.head_dim_vo = head_dim, head_dim if head_dim_vo is None else head_dim_vo
+        self.scale = float(scale)
+        check_layer(
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            head_dim_vo=self.head_dim_vo,
+            scale=self.scale,
+            dtype=dtype,
+            on_cpu=device.type == "cpu",
+        )
+        if tree and not causal:
+            refuse("a tree of query tokens that is not causal is not supported")
+        device = torch.empty(0, device=device).device  # a GPU with its index, as arguments are compared by it
+        self._args: dict[str, Any] = {}
+        if window is not None:
+            self._args["window"] = window
+        if soft_cap:
+            self._args["soft_cap"] = float(soft_cap)
+        if alibi_slopes is not None:
+            self._args["alibi_slopes"] = torch.as_tensor(alibi_slopes, dtype=torch.float32, device=device)
+        if with_sinks := sinks is not None and sinks is not False:
+            # fixed address: captured graphs hold it, and weights may be loaded again later. NaN until loaded:
+            # a layer that runs without its sinks shows
+            self._args["sinks"] = torch.full((q_heads,), torch.nan, device=device)
+        fixed = variants.compose(
+            causal=causal,
+            window=window is not None,
+            soft_cap=bool(soft_cap),
+            alibi=alibi_slopes is not None,
+            sinks=with_sinks,
+        )
+        # a value that the kernels refuse ends the start, not the first step
+        fixed.pack(self._args, q_heads, device)
+        if isinstance(sinks, torch.Tensor):
+            self.load_sinks(sinks)
+        self.variant = fixed + variants.TREE if tree else fixed
+        kernels.start(
+            jit.Spec(jit.arch_of(device), jit.DTYPES[dtype], head_dim, self.head_dim_vo, self.variant, **spec)
+        )
+
+    def load_sinks(self, sinks: torch.Tensor) -> None:
+        """Copies sinks [q_heads], of any float dtype and device, into the layer's float32 buffer."""
+        if sinks.shape != (self.q_heads,):
+            refuse(f"expected sinks [{self.q_heads}] (query heads), got {list(sinks.shape)}")
+        if "sinks" not in self._args:
+            raise ValueError("expected a layer made with sinks, got one without")
+        self._args["sinks"].copy_(sinks)
+
+    def run(
+        self,
+        plan: Plan,
+        q: torch.Tensor,
+        kv: KVCache,
+        out: torch.Tensor | None = None,
+        **arguments: Any,
+    ) -> torch.Tensor:
+        """fi_backend.run of this layer. arguments: those that change per call, such as lse and tree_mask."""
+        return run(plan, q, kv, out, variant=self.variant, scale=self.scale, **self._args, **arguments)
