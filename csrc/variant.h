@@ -2,8 +2,8 @@
 //
 // A functor is a struct with static members; it inherits Feature and overrides what it changes.
 // Args is the generated struct of named arguments (fi_spec.h). All logits are in natural units, already
-// scaled. Compose<F...> joins features: key ranges intersect, logits transforms apply left to right, at most
-// one sink.
+// scaled. Compose<F...> joins features: key ranges intersect, a key must be seen by all, logits transforms
+// apply left to right, at most one sink.
 #pragma once
 #include "params.h"
 
@@ -31,6 +31,16 @@ struct Feature {
   FI_HD static KeyRange keys(const A&, const Row& r) {
     return {0, r.kv_len};
   }
+  // Within the range sees() hides single keys, none before seen_before(): there executors need not ask. A
+  // hidden key's logit becomes -inf after the logits transforms: a soft cap would make it finite again.
+  template <class A>
+  FI_HD static int32_t seen_before(const A&, const Row&) {
+    return INT32_MAX;
+  }
+  template <class A>
+  FI_HD static bool sees(const A&, const Row&, int32_t) {
+    return true;
+  }
   template <class A>
   FI_HD static float logits(const A&, float x, const Row&, int32_t) {
     return x;
@@ -53,6 +63,22 @@ struct Window : Feature {
   template <class A>
   FI_HD static KeyRange keys(const A& a, const Row& r) {
     return {r.q_pos - a.window + 1, r.kv_len};
+  }
+};
+
+// Speculative token trees: the last tree_tokens keys are the request's own query tokens, and bit j of a
+// token's word says whether it sees the j-th of them.
+struct Tree : Feature {
+  template <class A>
+  FI_HD static int32_t seen_before(const A& a, const Row& r) {
+    return r.kv_len - a.tree_tokens;
+  }
+  template <class A>
+  FI_HD static bool sees(const A& a, const Row& r, int32_t kv_pos) {
+    int32_t first = seen_before(a, r);
+    uint64_t word = a.tree_mask[int64_t(r.request) * a.tree_tokens + r.q_pos - first];
+    uint32_t j = kv_pos - first;  // keys before the tree wrap around
+    return j >= 64 || (word >> j & 1);
   }
 };
 
@@ -117,6 +143,15 @@ struct Compose<F, Rest...> {
   FI_HD static KeyRange keys(const A& a, const Row& r) {
     KeyRange x = F::keys(a, r), y = Next::keys(a, r);
     return {x.begin > y.begin ? x.begin : y.begin, x.end < y.end ? x.end : y.end};
+  }
+  template <class A>
+  FI_HD static int32_t seen_before(const A& a, const Row& r) {
+    int32_t x = F::seen_before(a, r), y = Next::seen_before(a, r);
+    return x < y ? x : y;
+  }
+  template <class A>
+  FI_HD static bool sees(const A& a, const Row& r, int32_t kv_pos) {
+    return F::sees(a, r, kv_pos) && Next::sees(a, r, kv_pos);
   }
   template <class A>
   FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {

@@ -21,17 +21,24 @@ MAX_KV_LEN = 1 << 30  # kMaxKvLen in csrc/schedule.h; a longer window would over
 
 @dataclass(frozen=True)
 class Argument:
-    """kind: "float", "int", or "tensor" (float32 [q_heads], contiguous, on the device of q)."""
+    """kind: "float", "int", or "tensor" (of one dimension, contiguous, on the device of q).
+
+    A tensor has dtype float32 or int64 and, per "head", q_heads elements; per "token", at least as many as q
+    has tokens, those of the batch's requests in their order.
+    """
 
     name: str
     kind: str
     at_least: float | None = None
     at_most: float | None = None
+    dtype: torch.dtype = torch.float32
+    per: str = "head"
 
 
 @dataclass(frozen=True, eq=False)
 class Feature:
-    """Eager forms take q_pos [Tq] and kv_pos [Tk] (int64) and the arguments by name.
+    """Eager forms take q_pos [Tq] and kv_pos [Tk] (int64) of one request, and by name the arguments, the
+    request's index in the batch (request) and its number of keys (kv_len).
 
     mask -> bool [Tq, Tk], True: visible; logits(x [Hq, Tq, Tk]) -> same shape; sink -> [Hq].
     """
@@ -97,13 +104,18 @@ class Variant:
     def __contains__(self, other: Variant) -> bool:
         return set(other.features) <= set(self.features)
 
-    def pack(self, values: Mapping[str, Any], q_heads: int, device: torch.device) -> bytes:
-        """The bytes of the generated struct Args. Raises ValueError for arguments that do not fit."""
+    def pack(
+        self, values: Mapping[str, Any], q_heads: int, device: torch.device, q: torch.Tensor | None = None
+    ) -> bytes:
+        """The bytes of the generated struct Args. Raises ValueError for arguments that do not fit.
+
+        q: of the call, [tokens, ...]; without it the length of per-token arguments is not checked.
+        """
         if not self.args and not values:
             return b""
         if values.keys() != self._names:
             self._complain(values)
-        return self._struct.pack(*[_slot(self, a, values[a.name], q_heads, device) for a in self.args])
+        return self._struct.pack(*[_slot(self, a, values[a.name], q_heads, device, q) for a in self.args])
 
     def _complain(self, values: Mapping[str, Any]) -> None:
         wanted = {a.name: a.kind for a in self.args}
@@ -116,15 +128,23 @@ class Variant:
                 raise ValueError(f"variant {self.name} needs argument {name} ({kind}), got none")
 
 
-def _slot(variant: Variant, arg: Argument, value: Any, q_heads: int, device: torch.device) -> Any:
+def _slot(
+    variant: Variant, arg: Argument, value: Any, q_heads: int, device: torch.device, q: torch.Tensor | None
+) -> Any:
     if arg.kind == "tensor":
         if not isinstance(value, torch.Tensor):
             raise TypeError(
                 f"variant {variant.name}: expected {arg.name} to be a tensor, got {type(value).__name__}"
             )
-        if value.shape != (q_heads,) or value.dtype != torch.float32 or not value.is_contiguous():
+        if arg.per == "head":
+            fits = value.shape == (q_heads,)
+        else:
+            fits = value.dim() == 1 and (q is None or value.shape[0] >= q.shape[0])
+        if not fits or value.dtype != arg.dtype or not value.is_contiguous():
+            tokens = 0 if q is None else q.shape[0]
+            length = f"[{q_heads}] (q heads)" if arg.per == "head" else f"[at least {tokens}] (tokens of q)"
             raise ValueError(
-                f"variant {variant.name}: expected {arg.name} contiguous float32 [{q_heads}] (q heads), "
+                f"variant {variant.name}: expected {arg.name} contiguous {str(arg.dtype)[6:]} {length}, "
                 f"got {value.dtype} {list(value.shape)} with strides {list(value.stride())}"
             )
         if value.device != device:
@@ -142,6 +162,21 @@ def _slot(variant: Variant, arg: Argument, value: Any, q_heads: int, device: tor
     if arg.at_most is not None and not number <= arg.at_most:
         raise ValueError(f"variant {variant.name}: expected {arg.name} <= {arg.at_most}, got {value!r}")
     return number
+
+
+def _tree_mask(
+    q_pos: torch.Tensor,
+    kv_pos: torch.Tensor,
+    *,
+    request: int,
+    kv_len: int,
+    tree_mask: torch.Tensor,
+    tree_tokens: int,
+    **_: Any,
+) -> torch.Tensor:
+    first = kv_len - tree_tokens
+    words, j = tree_mask[request * tree_tokens + q_pos - first], kv_pos - first
+    return (j < 0) | (words[:, None] >> j.clamp(min=0) & 1).bool()
 
 
 FULL = Variant()
@@ -178,8 +213,22 @@ ALIBI = Variant(
 SINKS = Variant(
     Feature("SINKS", "fi::Sinks", (Argument("sinks", "tensor"),), sink=lambda *, sinks, **_: sinks)
 )
+# Speculative token trees: every request has tree_tokens query tokens, and bit j of token t's word says that t
+# sees the j-th query token of its own request; keys before those are always visible. With CAUSAL, where a
+# parent comes before its children. A window counts keys as they lie in the cache, not along the tree.
+TREE = Variant(
+    Feature(
+        "TREE",
+        "fi::Tree",
+        (
+            Argument("tree_mask", "tensor", dtype=torch.int64, per="token"),
+            Argument("tree_tokens", "int", at_least=1, at_most=64),  # the bits of a word
+        ),
+        mask=_tree_mask,
+    )
+)
 
-BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS)}
+BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS, TREE)}
 
 
 def parse(name: str) -> Variant:

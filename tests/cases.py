@@ -6,13 +6,14 @@ Whatever must not be read is NaN: pages of nobody, the tail of a last page, entr
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fi_backend.formats import BlockSparse, KVCache
-from fi_backend.variants import Variant, parse
+from fi_backend.variants import TREE, Variant, parse
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 LAYOUTS = ("NHD", "HND", "packed", "padded")
@@ -35,6 +36,7 @@ class Case:
     variant: str = "CAUSAL"
     window: int = 50
     soft_cap: float = 3.0
+    tree: str = "random"  # or "chain", or "blind": every other token sees no token of the tree
     extra_tokens: int = 2  # rows of q past the last request
     seed: int = 0
 
@@ -117,6 +119,23 @@ _CONSTRUCTORS = {
 }
 
 
+def tree_mask(case: Case, tokens: int) -> torch.Tensor:
+    """int64 [tokens]: a tree for each request, all with as many query tokens; noise past the last request."""
+    rng = random.Random(case.seed)
+    words: list[int] = []
+    for q_len in case.q_lens:
+        tree: list[int] = []
+        for i in range(q_len):
+            if case.tree == "chain":
+                tree.append((2 << i) - 1)
+            else:
+                above = tree[rng.randrange(i)] if i else 0
+                tree.append(0 if case.tree == "blind" and i % 2 else above | 1 << i)
+        words += tree
+    words += [rng.getrandbits(64) for _ in range(tokens - len(words))]
+    return torch.tensor([w - (w >> 63 << 64) for w in words], dtype=torch.int64)
+
+
 def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
     device, dtype = torch.device(device), DTYPES[case.dtype]
     rng = torch.Generator().manual_seed(case.seed)
@@ -155,5 +174,7 @@ def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
         "alibi_slopes": (2.0 ** -torch.arange(1, case.q_heads + 1).div(case.q_heads / 8)).to(device),
         "sinks": torch.randn(case.q_heads, generator=rng).to(device),
     }
+    if TREE in variant:
+        values |= {"tree_mask": tree_mask(case, tokens).to(device), "tree_tokens": max(case.q_lens)}
     args = {a.name: values[a.name] for a in variant.args}
     return Inputs(case, q, kv, batch, out, lse, variant, args)

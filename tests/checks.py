@@ -93,6 +93,17 @@ def check_repeats(case: Case, device: str = "cpu", times: int = 20) -> None:
         assert all(torch.equal(a[:n], b[:n]) for a, b in zip(first, again, strict=True)), "two runs differ"
 
 
+def check_chain(case: Case, device: str = "cpu") -> None:
+    """A tree without branches is causal attention, bit by bit."""
+    inputs = make(replace(case, tree="chain"), device)
+    plan = planner_for(inputs).plan(inputs.batch)
+    tree = run_inputs(plan, inputs)
+    inputs.variant_args = {k: v for k, v in inputs.variant_args.items() if not k.startswith("tree_")}
+    causal = run_inputs(plan, inputs, variant=parse(case.variant.replace("+TREE", "")))
+    n = inputs.tokens
+    assert all(torch.equal(a[:n], b[:n]) for a, b in zip(tree, causal, strict=True))
+
+
 def check_upper_bound(case: Case, device: str = "cpu", **planner: Any) -> None:
     """Planned with longer kv_len than the true one, as under asynchronous scheduling."""
     inputs = make(case, device)

@@ -55,7 +55,31 @@ SHAPES = [
     replace(MIXED, q_lens=(0, 0), kv_lens=(0, 7)),
     replace(MIXED, q_lens=(0, 3), kv_lens=(0, 0)),
 ]
+# a prefix of nothing, of less than a KV tile, of several; the tree crosses a KV tile's edge
+TREE = Case((6,) * 4, (6, 60, 68, 700), variant="CAUSAL+TREE")
+TREES = [
+    *(
+        Case((n,) * 3, (n, n + 61, 300), q_heads=2 * g, variant="CAUSAL+TREE", seed=n, page_size=page)
+        for n, g, page in ((2, 1, 1), (6, 4, 16), (16, 8, 1), (33, 4, 3), (64, 8, 16), (64, 1, 1))
+    ),
+    replace(TREE, head_dim=128, q_heads=8, layout="packed"),
+    replace(TREE, q_lens=(64,) * 2, kv_lens=(64, 1700), head_dim=128, q_heads=8),
+    *(
+        replace(TREE, variant=v)
+        for v in (
+            "TREE",
+            "CAUSAL+WINDOW+TREE",
+            "CAUSAL+TREE+SOFT_CAP",
+            "CAUSAL+WINDOW+TREE+SOFT_CAP+ALIBI+SINKS",
+        )
+    ),
+    replace(TREE, variant="CAUSAL+WINDOW+TREE", window=3),
+]
+# of the last chunk that a batch-invariant plan cuts, every other row sees nothing
+PIECES = replace(TREE, tree="blind", q_lens=(8,) * 3, kv_lens=(8, 72, 2048 + 8))
 FUNCTIONS = [
     *(replace(case, variant=v, seed=i) for i, v in enumerate(VARIANTS) for case in (MIXED, LONG)),
     *(replace(LONG, variant="CAUSAL+WINDOW", window=w) for w in (1, 64, 10_000)),
+    *TREES,
+    PIECES,
 ]

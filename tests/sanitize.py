@@ -32,6 +32,7 @@ CASES = [
     SMALL,
     replace(SMALL, head_dim=128, page_size=3, table="token", dtype="f16"),
     replace(SMALL, head_dim=80, layout="packed", variant=EVERYTHING),
+    replace(SMALL, q_lens=(7,) * 3, kv_lens=(7, 200, 66), head_dim=128, q_heads=8, variant="CAUSAL+TREE"),
     replace(SMALL, head_dim=256, layout="HND", table="csr"),
     replace(SMALL, head_dim=192, head_dim_vo=128, variant="FULL"),
 ]

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from cases import LAYOUTS, TABLES, Case, make
-from grid import FUNCTIONS, LONG, MIXED, SHAPES
+from grid import FUNCTIONS, LONG, MIXED, PIECES, SHAPES, TREE, TREES
 from hypothesis import HealthCheck, given, settings
 
 from fi_backend import KVCache, run
@@ -34,6 +34,39 @@ def test_float32(variant: str) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 7, 64, 512])
 def test_any_number_of_workers(workers: int) -> None:
     checks.check_attention(replace(LONG, variant="CAUSAL+WINDOW+SINKS", window=700), workers=workers)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("workers", [1, 7, 64, 512])
+def test_pieces_of_a_tree(workers: int, batch_invariant: bool) -> None:
+    """With pieces in which some rows see no key at all."""
+    checks.check_attention(PIECES, workers=workers, batch_invariant=batch_invariant)
+
+
+def test_pieces_without_a_visible_key() -> None:
+    inputs = make(PIECES)
+    plan = checks.planner_for(inputs, batch_invariant=True).plan(inputs.batch)
+    checks.poison(plan)
+    checks.run_inputs(plan, inputs)
+    assert (plan.partial_lse == -torch.inf).any()
+
+
+@pytest.mark.parametrize("case", [t for t in TREES if t.tree == "random" and "CAUSAL" in t.variant], ids=str)
+def test_a_tree_without_branches_is_causal(case: Case) -> None:
+    checks.check_chain(case)
+
+
+def test_keys_of_a_tree_with_garbage_in_hidden_values() -> None:
+    """A hidden key weighs exactly 0: its value may be anything finite, and its key even NaN."""
+    inputs = make(replace(TREE, q_lens=(2,), kv_lens=(2,), tree="blind"))
+    out = []
+    for key, value in ((1.0, 1.0), (float("nan"), 3e38)):
+        inputs.variant_args["tree_mask"] = torch.tensor([1, 1, 0, 0])
+        page = int(inputs.batch.table[0, 0])
+        inputs.kv.k[page, 1], inputs.kv.v[page, 1] = key, value
+        plan = checks.planner_for(inputs).plan(inputs.batch)
+        out.append(checks.run_inputs(plan, inputs))
+    assert all(torch.equal(a[:2], b[:2]) for a, b in zip(*out, strict=True))
 
 
 lengths = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 400)), min_size=0, max_size=4)

@@ -8,7 +8,7 @@ import checks
 import pytest
 import torch
 from cases import Case, make
-from grid import FUNCTIONS, LONG, MIXED, SHAPES
+from grid import FUNCTIONS, LONG, MIXED, PIECES, SHAPES, TREES
 
 from fi_backend import KVCache, append, run
 
@@ -44,6 +44,17 @@ def test_functions(case: Case, dtype: str) -> None:
 @pytest.mark.parametrize("workers", [1, 2, 7, 64, 512])
 def test_any_number_of_workers(workers: int) -> None:
     checks.check_attention(FLAT[0], "cuda", workers=workers)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("workers", [1, 7, 64, 512])
+def test_pieces_of_a_tree(workers: int, batch_invariant: bool) -> None:
+    checks.check_attention(PIECES, "cuda", workers=workers, batch_invariant=batch_invariant)
+
+
+@pytest.mark.parametrize("case", [t for t in TREES if t.tree == "random" and "CAUSAL" in t.variant], ids=str)
+def test_a_tree_without_branches_is_causal(case: Case) -> None:
+    checks.check_chain(case, "cuda")
 
 
 def test_planned_on_the_host() -> None:

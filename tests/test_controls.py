@@ -9,7 +9,7 @@ import checks
 import pytest
 import torch
 from cases import Case, Inputs, make
-from grid import LONG
+from grid import LONG, TREE
 
 from fi_backend import Plan
 
@@ -80,3 +80,19 @@ def test_broken_data_is_noticed(breaks: Callable[[Inputs, Plan], None]) -> None:
 def test_wrong_arguments_are_noticed(changes: dict[str, object]) -> None:
     with pytest.raises(AssertionError):
         _ask(EVERYTHING, None, **changes)
+
+
+@pytest.mark.parametrize("token", [1, 11, 23])
+def test_one_wrong_bit_of_a_tree_is_noticed(token: int) -> None:
+    case = replace(TREE, kv_lens=(6, 60, 68, 200))
+    words = make(case).variant_args["tree_mask"]
+    _ask(case, None, tree_mask=words.clone())
+    words[token] ^= 1 << token % 6
+    with pytest.raises(AssertionError):
+        _ask(case, None, tree_mask=words)
+
+
+def test_a_neighbours_tree_is_noticed() -> None:
+    words = make(TREE).variant_args["tree_mask"]
+    with pytest.raises(AssertionError):
+        _ask(TREE, None, tree_mask=words.roll(6))

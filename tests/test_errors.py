@@ -11,7 +11,7 @@ import torch
 from cases import Case, make
 
 from fi_backend import KVCache, run, variants
-from fi_backend.variants import CAUSAL, SINKS, SOFT_CAP, WINDOW
+from fi_backend.variants import CAUSAL, SINKS, SOFT_CAP, TREE, WINDOW
 
 CASE = Case((1, 3), (40, 17))
 BF16 = torch.bfloat16
@@ -25,6 +25,14 @@ def _cache(
 
 def _q(tokens: int = 6, heads: int = 4, dim: int = 64, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.zeros(tokens, heads, dim, dtype=dtype)
+
+
+def _words(tokens: int) -> torch.Tensor:
+    return torch.zeros(tokens, dtype=torch.int64)
+
+
+def _tree(**changes: Any) -> dict[str, Any]:
+    return {"variant": CAUSAL + TREE, "tree_mask": _words(6), "tree_tokens": 2} | changes
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -84,6 +92,25 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"expected sinks contiguous float32 \[4\]",
     ),
     ({"variant": CAUSAL + SINKS, "sinks": 1.0}, TypeError, "expected sinks to be a tensor, got float"),
+    (_tree(tree_mask=7), TypeError, "expected tree_mask to be a tensor, got int"),
+    (
+        _tree(tree_mask=torch.zeros(6)),
+        ValueError,
+        r"tree_mask contiguous int64 \[at least 6\] \(tokens of q\), got torch.float32 \[6\]",
+    ),
+    (_tree(tree_mask=_words(6).int()), ValueError, r"tree_mask contiguous int64 .*, got torch.int32 \[6\]"),
+    (_tree(tree_mask=_words(5)), ValueError, r"int64 \[at least 6\] .*, got torch.int64 \[5\] with"),
+    (_tree(tree_mask=_words(12)[::2]), ValueError, r"tree_mask contiguous .* \[6\] with strides \[2\]"),
+    (_tree(tree_mask=_words(6)[None]), ValueError, r"tree_mask contiguous .*, got torch.int64 \[1, 6\]"),
+    (_tree(tree_mask=_words(6).to("meta")), ValueError, "expected tree_mask on cpu, got meta"),
+    (_tree(tree_tokens=0), ValueError, "expected tree_tokens >= 1, got 0"),
+    (_tree(tree_tokens=65), ValueError, "expected tree_tokens <= 64, got 65"),
+    (_tree(tree_tokens=2.5), ValueError, "expected tree_tokens to be an int, got 2.5"),
+    (
+        _tree(tree_tokens=4),
+        ValueError,
+        r"expected q of at least 8 tokens \(2 requests x tree_tokens 4\), got 6",
+    ),
 ]
 
 
@@ -193,7 +220,20 @@ def test_debug_mode_accepts_what_is_right(monkeypatch) -> None:
         checks.check_attention(replace(CASE, table=table, variant="CAUSAL+WINDOW+SINKS", window=20))
 
 
+def test_requests_without_a_tree(monkeypatch) -> None:
+    """Not found without reading device memory: debug mode alone can tell."""
+    monkeypatch.setenv("FI_DEBUG", "1")
+    inputs = make(CASE)
+    plan = checks.planner_for(inputs).plan(inputs.batch)
+    with pytest.raises(ValueError, match="expected tree_tokens 3 query tokens of request 0, got 1"):
+        run(plan, inputs.q, inputs.kv, **_tree(tree_tokens=3))
+    checks.check_attention(
+        replace(CASE, q_lens=(3, 0, 3), kv_lens=(40, 5, 17), extra_tokens=3, variant="TREE")
+    )
+
+
 def test_variant_names() -> None:
     assert variants.parse("window+CAUSAL") is CAUSAL + WINDOW is WINDOW + CAUSAL
+    assert variants.parse("TREE+SOFT_CAP+CAUSAL") is CAUSAL + TREE + SOFT_CAP
     with pytest.raises(ValueError, match=r"expected a variant made of FULL, CAUSAL, .* got 'CAUSAL.ROPE'"):
         variants.parse("CAUSAL+ROPE")

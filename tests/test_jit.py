@@ -16,7 +16,7 @@ import torch
 from fi_backend import jit
 from fi_backend.jit import models
 from fi_backend.jit.__main__ import main
-from fi_backend.variants import ALIBI, CAUSAL, SINKS, SOFT_CAP, WINDOW
+from fi_backend.variants import ALIBI, CAUSAL, SINKS, SOFT_CAP, TREE, WINDOW
 
 SPEC = jit.Spec(0, "f32", 8, 8, CAUSAL)
 
@@ -40,6 +40,9 @@ def test_header_holds_configuration_only() -> None:
         in text
     )
     assert "fi::Compose<fi::Causal, fi::Window, fi::SoftCap, fi::Alibi>" in text
+    text = jit.Spec(80, "f16", 64, 64, CAUSAL + TREE).header()
+    assert "{ alignas(8) const int64_t* tree_mask; alignas(8) int32_t tree_tokens; }" in text
+    assert "fi::Compose<fi::Causal, fi::Tree>" in text
 
 
 @pytest.mark.parametrize(

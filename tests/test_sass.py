@@ -17,10 +17,11 @@ from fi_backend.variants import parse
 
 ARCHES = (80, 90)
 LARGEST = ("bf16", 64, 64, "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS")
+TREE = ("bf16", 128, 128, "CAUSAL+TREE")  # what speculation asks for
 SPECS = [
     jit.Spec(arch, dtype, qk, vo, parse(variant))
     for arch in ARCHES
-    for dtype, qk, vo, variant in [*COMMON, LARGEST]
+    for dtype, qk, vo, variant in [*COMMON, LARGEST, TREE]
 ]
 
 

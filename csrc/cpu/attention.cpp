@@ -151,6 +151,9 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
   if constexpr (Variant::kHasLogits) {
     for (int j = lo; j < hi; ++j) s[j] = Variant::logits(args, s[j], t.row[i], begin + j);
   }
+  for (int j = std::max(lo, Variant::seen_before(args, t.row[i]) - begin); j < hi; ++j) {
+    if (!Variant::sees(args, t.row[i], begin + j)) s[j] = -INFINITY;
+  }
   float top = -INFINITY;
 #pragma omp simd reduction(max : top)
   for (int j = lo; j < hi; ++j) {
@@ -160,7 +163,7 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
   State& state = t.state[i];
   float reference =
       state.max > top ? state.max : top;  // one reference for old and new: nothing to rescale twice
-  // -inf: a logits transform hid every key, or all are NaN, which the comparison above passes over
+  // -inf: every key is hidden, or all are NaN, which the comparison above passes over
   float base = reference == -INFINITY ? 0.f : reference;
   float mass = 0.f;
 #pragma omp simd reduction(+ : mass)

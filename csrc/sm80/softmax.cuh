@@ -29,8 +29,10 @@ struct RowState {
       : p(params), args(variant_args), task(t), thread(thread_index), all_rows{0, t.kv_len} {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      KeyRange k = Variant::keys(args, row(i));
-      all_rows = {::max(all_rows.begin, k.begin), ::min(all_rows.end, k.end)};
+      Row r = row(i);
+      KeyRange k = Variant::keys(args, r);
+      int seen = ::min(k.end, Variant::seen_before(args, r));
+      all_rows = {::max(all_rows.begin, k.begin), ::min(all_rows.end, seen)};
       max[i] = -INFINITY;
       sum[i] = 0.f;
     }
@@ -61,13 +63,15 @@ struct RowState {
           }
       }
       if (masked) {
-        KeyRange k = Variant::keys(args, row(2 * fragment + half));
+        Row r = row(2 * fragment + half);
+        KeyRange k = Variant::keys(args, r);
 #pragma unroll
         for (int n = 0; n < kTokens / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             int t = first + 8 * n + i;
-            if (t < k.begin || t >= k.end) s[n][2 * half + i] = -INFINITY;
+            bool seen = Variant::sees(args, r, t);  // before the range: one load a row, not one a key
+            if (!seen || t < k.begin || t >= k.end) s[n][2 * half + i] = -INFINITY;
           }
       }
       step_row<kTokens>(2 * fragment + half, s, o, half);

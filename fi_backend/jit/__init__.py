@@ -32,7 +32,8 @@ from .toolchain import BuildError, log
 CPU = 0  # kArchCpu in csrc/tiles.h
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _ELEMENTS = {"bf16": "FI_ELEMENT_BF16", "f16": "FI_ELEMENT_F16", "f32": "FI_ELEMENT_F32"}
-_C_TYPES = {"float": "float", "int": "int32_t", "tensor": "const float*"}
+_C_TYPES = {"float": "float", "int": "int32_t"}
+_C_POINTERS = {torch.float32: "const float*", torch.int64: "const int64_t*"}
 
 
 def csrc() -> Path:
@@ -69,7 +70,8 @@ class Spec:
 
     def header(self) -> str:
         """The text of fi_spec.h: configuration only."""
-        members = "".join(f" alignas(8) {_C_TYPES[a.kind]} {a.name};" for a in self.variant.args)
+        types = [_C_POINTERS[a.dtype] if a.kind == "tensor" else _C_TYPES[a.kind] for a in self.variant.args]
+        members = "".join(f" alignas(8) {t} {a.name};" for t, a in zip(types, self.variant.args, strict=True))
         features = ", ".join(f.functor for f in self.variant.features)
         return (
             f"// {self}\n#pragma once\n#define FI_ARCH {self.arch}\n#define {_ELEMENTS[self.dtype]} 1\n"
