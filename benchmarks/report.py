@@ -7,26 +7,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-MARKS = {True: "serving", False: "kernel"}  # whether the rows are of suite "serve"
+OURS = ("CUSTOM", "fi", "fi-page64")  # our rows among whole engines, by the name the engine knows
 PEERS = ("fa3", "flashinfer_fa3", "flashinfer_fa2", "flashinfer_decode", "flashinfer_persistent")
 
 
-def is_serving(result: dict[str, Any]) -> bool:
-    return any(row["suite"] == "serve" for row in result["rows"])
+def mark(result: dict[str, Any]) -> str:
+    """Which marked block of the README the results belong into."""
+    if all(row["suite"] != "serve" for row in result["rows"]):
+        return "kernel"
+    return "sglang serving" if "sglang" in result["meta"] else "serving"
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown of a results file: whole engines in seconds, or kernels in microseconds."""
     m = result["meta"]
     made = [m["card"], f"driver {m['driver'] or 'none'}", f"torch {m['torch']}"]
-    made += [f"vLLM {m['vllm']}"] if "vllm" in m else []
+    made += [f"{name} {m[key]}" for key, name in (("vllm", "vLLM"), ("sglang", "SGLang")) if key in m]
     made += [m["date"], f"commit {m['commit'][:12]}"]
-    body = _serving(result["rows"]) if is_serving(result) else _kernels(result["rows"])
+    body = _kernels(result["rows"]) if mark(result) == "kernel" else _serving(result["rows"])
     return "\n".join([*body, "", ", ".join(made) + "."])
 
 
 def _serving(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a case, seconds of CUSTOM and of its peers.
+    """One line a case, seconds of ours and of its peers, and the ratio of our first column.
 
     The first engine of a run also warms the machine for the others: its start is in the file, not here.
     A start of ours that builds all kernels stands beside the peer's warm one.
@@ -36,20 +39,26 @@ def _serving(rows: list[dict[str, Any]]) -> list[str]:
         if "seconds" not in row or row["case"] == "start-up, first":
             continue
         cases = [row["case"]]
-        if row["case"] == "start-up, warm" and row["impl"] != "CUSTOM":
+        if row["case"] == "start-up, warm" and row["impl"] not in OURS:
             cases.append("start-up, cold")
         for case in cases:
             by_case.setdefault(case, {})[row["impl"]] = row["seconds"]
     if "start-up, cold" in by_case:
         by_case["start-up, our kernels built from nothing"] = by_case.pop("start-up, cold")
-    peers = sorted({impl for found in by_case.values() for impl in found} - {"CUSTOM"})
-    lines = ["| case | ours, s | " + " | ".join(f"{p}, s | ours / {p}" for p in peers) + " |"]
-    lines.append("| --- | --- |" + " --- | --- |" * len(peers))
+    impls = dict.fromkeys(row["impl"] for row in rows if "seconds" in row)
+    ours, *others = [name for name in OURS if name in impls]
+    peers = [name for name in impls if name not in OURS]
+    head = ["case", "ours, s", *(f"ours, {name.partition('-')[2]}, s" for name in others)]
+    for p in peers:
+        head += [f"{p}, s", f"ours / {p}"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for case, found in by_case.items():
-        if (ours := found.get("CUSTOM")) is None:
+        if ours not in found:
             continue
-        cells = [f"{found[p]:.2f} | {ours / found[p]:.2f}" if p in found else " | " for p in peers]
-        lines.append(f"| {case} | {ours:.2f} | " + " | ".join(cells) + " |")
+        cells = [f"{found[name]:.2f}" if name in found else "" for name in (ours, *others)]
+        for p in peers:
+            cells += [f"{found[p]:.2f}", f"{found[ours] / found[p]:.2f}"] if p in found else ["", ""]
+        lines.append("| " + " | ".join([case, *cells]) + " |")
     return lines
 
 
@@ -88,7 +97,7 @@ def _rate(row: dict[str, Any]) -> str:
 
 def replace_block(page: Path, result: dict[str, Any]) -> None:
     """Put the table between its marks in a Markdown file. Raises ValueError if it has none."""
-    old, name = page.read_text(), MARKS[is_serving(result)]
+    old, name = page.read_text(), mark(result)
     begin, end = f"<!-- {name} figures: begin -->", f"<!-- {name} figures: end -->"
     if begin not in old or end not in old:
         raise ValueError(f"expected the marks {begin!r} and {end!r} in {page}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import engine_process, report
+from benchmarks import engine_process, report, serve
 from benchmarks.__main__ import measure, peer_names
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
@@ -58,6 +60,13 @@ def test_measure_and_report(tmp_path: Path) -> None:
     ]
     text = report.table({"meta": meta | {"vllm": "0.26.0"}, "rows": serving})
     assert "| start-up, our kernels built from nothing | 25.00 | 20.00 | 1.25 |" in text
+    sglang = [
+        {"suite": "serve", "impl": impl, "case": "a case", "seconds": seconds}
+        for impl, seconds in (("fi", 2.0), ("fa3", 4.0), ("fi-page64", 1.0))
+    ]
+    text = report.table({"meta": meta | {"sglang": "0.5.16"}, "rows": sglang})
+    assert "| case | ours, s | ours, page64, s | fa3, s | ours / fa3 |" in text
+    assert "| a case | 2.00 | 1.00 | 4.00 | 0.50 |" in text
     with pytest.raises(ValueError, match="serving figures: begin"):
         report.replace_block(page, {"meta": meta, "rows": serving})
 
@@ -68,6 +77,33 @@ def test_an_engine_process_is_heard_at_once_and_limited() -> None:
         heard: list[dict[str, int]] = []
         found = engine_process.run([sys.executable, "-c", code.format(sleep)], seconds, heard.append, {})
         assert (heard, found) == ([{"a": 1}], ended)
+
+
+def test_every_case_is_timed_before_one_is_repeated() -> None:
+    served: list[int] = []
+
+    def generate(requests: serve.Requests, seed: int) -> float:
+        served.append(seed)
+        return 2.0 if seed else 3.0
+
+    names = list(serve.CASES)[:2]
+    serve.time_cases(generate, names, 2, time.monotonic() + 60)
+    assert served == [0, 0, 100, 100]
+    heard: list[dict[str, object]] = []
+    code = f"from benchmarks import serve; serve.time_cases(lambda *_: 3.0, {names}, 2, {{}})"
+    for deadline in ("0", "1e9"):
+        engine_process.run([sys.executable, "-c", code.format(deadline)], 60, heard.append, {})
+    assert [row.get("failed") for row in heard[:2]] == ["no time left"] * 2
+    assert [row["all_seconds"] for row in heard[2:]] == [[3.0], [3.0], [3.0, 3.0], [3.0, 3.0]]
+
+
+def test_a_later_figure_replaces_the_earlier(tmp_path: Path) -> None:
+    result, case = serve.Report(tmp_path / "r.json", {}), next(iter(serve.CASES))
+    for seconds in (3.0, 2.0):
+        result.add("fi", case, seconds=seconds)
+        result.add("fi", "buffers", plan_bytes=1)
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row.get("seconds") for row in rows] == [2.0, None, None]
 
 
 def test_peers() -> None:

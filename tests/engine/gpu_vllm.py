@@ -272,10 +272,9 @@ def run_engine(name: str, args: argparse.Namespace, tokens: Path, end: float, re
     with log.open("w") as errors:
         code = engine_process.run(command, left, receive, {"VLLM_USE_V2_MODEL_RUNNER": runner}, errors)
     if code != 0:
-        lines = [x for x in log.read_text().splitlines() if x.strip() and "leaked" not in x]
-        tail = [x for x in lines if "nanobind" not in x][-12:]
-        results.add(name, {"failed": f"exit code {code}: " + " | ".join(tail)})
-        say(f"{name}: failed, exit code {code}\n  " + "\n  ".join(tail))
+        tail = engine_process.last_words(log)
+        results.add(name, {"failed": f"exit code {code}: {tail}"})
+        say(f"{name}: failed, exit code {code}\n{tail}")
 
 
 def agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, list[str]]:

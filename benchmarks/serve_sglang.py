@@ -1,0 +1,221 @@
+"""Whole-engine figures: Llama-3.1-8B shape with dummy weights in SGLang, ours and SGLang's own backends.
+
+`python -m benchmarks.serve_sglang --out FILE` starts all engines at once and lets them use the GPU one after
+another: four full starts in a row would take most of ten minutes, and most of a start is imports and builds
+on the CPU. First each backend serves a one-layer model, side by side, which fills every cache of compiled
+kernels; meanwhile the engines to be measured import what they need and wait at a gate. Only the engine whose
+gate is open works on the GPU or the CPU. A start-up counts from the gate to the engine that is ready.
+Every figure is in FILE at once; a backend that breaks costs its own rows. Compare figures within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from .engine_process import EngineProcess, last_error, tell
+from .serve import (
+    CASES,
+    CONTEXT,
+    MAX_REQUESTS,
+    Report,
+    Requests,
+    add_options,
+    machine,
+    make_model,
+    prompts,
+    say,
+    time_cases,
+)
+
+BACKENDS: dict[str, dict[str, Any]] = {
+    "fi": {"attention_backend": "fi"},
+    "fi-page64": {"attention_backend": "fi", "page_size": 64},
+    **{name: {"attention_backend": name} for name in ("fa3", "triton", "flashinfer")},
+}
+OPTIONS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "load_format": "dummy",
+    "dtype": "bfloat16",
+    "random_seed": 0,
+    "context_length": CONTEXT,
+    "max_running_requests": MAX_REQUESTS,
+    "chunked_prefill_size": 8192,
+    "cuda_graph_max_bs_decode": MAX_REQUESTS,
+    "disable_prefill_cuda_graph": True,  # they take half of a start, and attention runs between them
+    "disable_radix_cache": True,
+    "sampling_backend": "pytorch",  # FlashInfer's is compiled for a minute
+    "skip_server_warmup": True,
+    "mem_fraction_static": 0.8,
+}
+# a one-layer model beside the others: its kernels have the same shapes
+WARM_OPTIONS = OPTIONS | {"mem_fraction_static": 0.5, "max_total_tokens": 65536}
+
+
+# ---- in the engine's processes
+
+
+def gated_scheduler(gate: Path, *args: Any, **kwargs: Any) -> None:
+    """SGLang's scheduler process, which alone uses the GPU: imports, then waits until the gate is there."""
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    parent = os.getppid()
+    while not gate.exists():
+        if os.getppid() != parent:
+            return
+        time.sleep(0.05)
+    run_scheduler_process(*args, **kwargs)
+
+
+def child(args: argparse.Namespace) -> None:
+    """One engine: start-up, then the cases; or, warming, every case with few output tokens."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    class Gated(Engine):
+        run_scheduler_process_func = staticmethod(functools.partial(gated_scheduler, args.gate))
+
+    options = WARM_OPTIONS if args.warm else OPTIONS
+    # neighbours that start together must not pick each other's port
+    engine = Gated(model_path=str(args.model), nccl_port=args.port, **{**options, **BACKENDS[args.child]})
+    opened = args.gate.stat().st_mtime
+    if not args.warm:
+        tell(case="start-up", seconds=round(time.time() - opened, 2))
+
+    def generate(requests: Requests, seed: int) -> float:
+        sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for _, n in requests]
+        ids = prompts(requests, seed)
+        start = time.monotonic()
+        outputs = engine.generate(input_ids=ids, sampling_params=sampling)
+        seconds = time.monotonic() - start
+        for output, (_, n) in zip(outputs, requests, strict=True):
+            if len(output["output_ids"]) != n:
+                raise RuntimeError(f"expected {n} tokens, got {len(output['output_ids'])}")
+        return seconds
+
+    first = generate([(64, 4)], 1)
+    if args.warm:
+        for case in args.case or CASES:
+            generate([(n, min(m, 4)) for n, m in CASES[case]], 1)
+        tell(warm=True)
+    else:
+        tell(case="first answer", seconds=round(first, 3))
+        generate([(300, 8)] * 32, 1)  # first use of the sampler's own kernels
+        seconds = float(args.gate.read_text())
+        time_cases(generate, args.case, args.repeat, time.monotonic() + seconds - (time.time() - opened))
+    engine.shutdown()
+
+
+# ---- in the parent
+
+
+class Contender:
+    """A backend's engine, started and waiting at its gate."""
+
+    def __init__(self, name: str, port: int, warm: bool, args: argparse.Namespace, folder: Path) -> None:
+        self.name, self.warm = name, warm
+        self.rows: list[dict[str, Any]] = []
+        self._report: Report = args.report
+        stem = f"{name}-warm" if warm else name
+        self._gate = folder / stem
+        self._log = args.out.with_name(f"{args.out.stem}-{stem}.log")
+        model = folder / ("one-layer" if warm else "llama-8b")
+        command = [sys.executable, "-m", "benchmarks.serve_sglang", "--child", name, "--model", str(model)]
+        command += ["--gate", str(self._gate), "--port", str(port), "--repeat", str(args.repeat)]
+        command += ["--warm"] if warm else []
+        for case in args.case:
+            command += ["--case", case]
+        with self._log.open("w") as errors:
+            self._process = EngineProcess(command, self._receive, {}, errors)
+
+    def _receive(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if not self.warm:
+            self._report.add(impl=self.name, **row)
+
+    def run(self, seconds: float) -> None:
+        """Opens the gate and waits for the end, at most `seconds`."""
+        partial = self._gate.with_suffix(".partial")
+        partial.write_text(f"{seconds - 10:.0f}")  # it stops by itself before it is stopped
+        partial.rename(self._gate)
+        code = self._process.wait(seconds)
+        if code or not self.rows:
+            stage = "warming" if self.warm else "run"
+            reason = f"exit code {code}: {last_error(self._log)}"
+            self._report.add(impl=self.name, case=stage, failed=reason)
+
+    def stop(self) -> None:
+        self._process.stop()
+
+
+def measure(args: argparse.Namespace, folder: Path, end: float) -> None:
+    make_model(folder / "llama-8b")
+    make_model(folder / "one-layer", layers=1)
+    names: list[str] = args.backends
+    ports = iter(range(args.port, args.port + 2 * len(names)))
+    warmers = [Contender(n, next(ports), True, args, folder) for n in names if not args.skip_warm]
+    contenders = [Contender(n, next(ports), False, args, folder) for n in names]
+    try:
+        begin = time.monotonic()
+        limit = (end - begin) * 0.4
+        threads = [threading.Thread(target=w.run, args=(limit,)) for w in warmers]
+        say(f"{', '.join(names)}: warming, at most {limit:.0f} s ...")
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        say(f"warm after {time.monotonic() - begin:.0f} s")
+        for place, contender in enumerate(contenders):
+            left = end - time.monotonic()
+            if left < 45:
+                args.report.add(impl=contender.name, case="run", failed="no time left")
+                continue
+            share = min(left, 1.5 * left / (len(contenders) - place))
+            say(f"{contender.name}: at most {share:.0f} s ...")
+            contender.run(share)
+    finally:
+        for process in (*warmers, *contenders):
+            process.stop()
+
+
+def backend_names(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in BACKENDS:
+            raise argparse.ArgumentTypeError(f"expected backends among {', '.join(BACKENDS)}, got {name}")
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_sglang", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("serve_sglang.json"), help="results file (JSON)")
+    parser.add_argument(
+        "--backends",
+        type=backend_names,
+        default="fi,fa3,triton,fi-page64,flashinfer",
+        help="in the order of their turns (default: %(default)s)",
+    )
+    parser.add_argument("--skip-warm", action="store_true", help="the caches are full from an earlier call")
+    parser.add_argument("--port", type=int, default=29600, help="first of two ports for each backend")
+    add_options(parser)
+    parser.add_argument("--gate", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    end = time.monotonic() + 60 * args.minutes
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.report = Report(args.out, machine("sglang"))
+    with tempfile.TemporaryDirectory() as folder:
+        measure(args, Path(folder), end)
+
+
+if __name__ == "__main__":
+    main()
