@@ -1,0 +1,147 @@
+"""What the layers of one forward share: lengths, page tables and plans, all on the device.
+
+Nothing is computed until the first layer asks. A graph that is being captured thus records all of it, and each
+replay plans anew from the engine's static buffers without any host work.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+import fi_backend
+from fi_backend.serving.refuse import refuse
+from fi_backend.serving.shapes import Planners, Shape, windowed_token_table
+
+SELF, SWA, CROSS = "self", "swa", "cross"  # whose keys, and in which pool
+
+
+class Draft(NamedTuple):
+    """Decode step `step` of `steps` of a draft model: topk branches a request, each with `steps` slots."""
+
+    step: int
+    steps: int
+    topk: int
+
+    def words(self, requests: int, device: torch.device) -> torch.Tensor:
+        """Branch b sees the first step + 1 of its own slots; all branches' slots follow the request's keys."""
+        seen = (1 << (self.step + 1)) - 1
+        row = [0] * (self.topk * self.steps)
+        row[-self.topk :] = [seen << (b * self.steps) for b in range(self.topk)]
+        return torch.tensor(row, device=device).repeat(requests)
+
+
+class Lengths(NamedTuple):
+    qo_indptr: torch.Tensor  # [requests + 1] int32
+    kv_len: torch.Tensor  # [requests] int32
+    longest: int  # most query tokens of a request, or an upper bound
+
+
+class Step:
+    """One forward of `batch`: a ForwardBatch, or the view of one that a graph replay hands over.
+
+    uniform: in a graph every request has equally many query tokens. tree_mask: variants.TREE's words, or None.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        batch: Any,
+        *,
+        uniform: bool,
+        draft: Draft | None,
+        tree_mask: torch.Tensor | None = None,
+    ) -> None:
+        self.batch, self.tree_mask = batch, tree_mask
+        self._planners: Planners = backend.planners
+        self._table: torch.Tensor = backend.req_to_token_pool.req_to_token
+        self._full_to_swa = getattr(backend.token_to_kv_pool, "full_to_swa_index_mapping", None)
+        self._page_size: int = backend.page_size
+        self._uniform, self._draft = uniform, draft
+        self.restart()
+
+    def restart(self) -> None:
+        """The next layer computes everything anew: the warm-up and the capture of a graph are two forwards."""
+        self._plans: dict[tuple[Shape, str], fi_backend.Plan] = {}
+        self._lengths: Lengths | None = None
+        self._swa_loc: torch.Tensor | None = None
+
+    def plan(self, shape: Shape, table: str, tokens: int) -> fi_backend.Plan:
+        """tokens: query tokens of the calling layer."""
+        found = self._plans.get((shape, table))
+        if found is None:
+            if self._lengths is None:
+                self._lengths = self._find_lengths(tokens)
+            batch = self._block_sparse(self._lengths, table, shape.window)
+            found = self._plans[shape, table] = self._planners.plan(shape, table, batch, tokens)
+        return found
+
+    def swa_loc(self, loc: torch.Tensor) -> torch.Tensor | None:
+        """Where the new tokens go in the pool of windowed layers, if there is one."""
+        if self._swa_loc is None and self._full_to_swa is not None:
+            self._swa_loc = self._full_to_swa[loc]
+        return self._swa_loc
+
+    def _find_lengths(self, tokens: int) -> Lengths:
+        b, mode = self.batch, self.batch.forward_mode
+        requests = b.batch_size
+        kv_len, each = b.seq_lens[:requests].int(), 1
+        if self._draft is not None:
+            each = self._draft.topk
+            if each == 1:
+                kv_len = kv_len + (self._draft.step + 1)
+            else:
+                kv_len = kv_len + each * self._draft.steps
+                self.tree_mask = self._draft.words(requests, kv_len.device)
+        elif mode.is_target_verify():
+            each = b.spec_info.draft_token_num
+            kv_len = kv_len + each  # the engine's length counts no drafts here
+        elif not mode.is_decode_or_idle():
+            new = getattr(b, "extend_seq_lens", None)
+            if new is None:
+                new = getattr(b.spec_info, "extend_seq_lens_tensor", None)
+            if not self._uniform:
+                qo_indptr = torch.zeros(requests + 1, dtype=torch.int32, device=kv_len.device)
+                torch.cumsum(new[:requests], 0, out=qo_indptr[1:])
+                return Lengths(qo_indptr, kv_len, max(b.extend_seq_lens_cpu or [tokens]))
+            each = tokens // requests
+            if new is not None:  # rows past a request's own are padding behind its last key
+                kv_len = kv_len - new[:requests].int() + each
+        ends = torch.arange(0, (requests + 1) * each, each, dtype=torch.int32, device=kv_len.device)
+        return Lengths(ends, kv_len, each)
+
+    def _block_sparse(self, x: Lengths, table: str, window: int | None) -> fi_backend.BlockSparse:
+        rows = self.batch.req_pool_indices[: x.kv_len.shape[0]]
+        encoder = getattr(self.batch, "encoder_lens", None)
+        if table == SWA:
+            assert window is not None and self._full_to_swa is not None
+            return windowed_token_table(
+                x.qo_indptr, x.kv_len, self._table, rows, self._page_size,
+                window=window, longest=x.longest, slot_map=self._full_to_swa,
+            )  # fmt: skip
+        if encoder is None:
+            return fi_backend.BlockSparse.from_token_table(
+                x.qo_indptr, x.kv_len, self._table, rows, self._page_size
+            )
+        # a row holds the encoder's keys and behind them the decoder's, which begin at no page's border
+        encoder = encoder[: rows.shape[0]].int()
+        starts = rows.long() * self._table.stride(0)
+        if table == CROSS:
+            return fi_backend.BlockSparse(x.qo_indptr, encoder, self._table, starts, 1, 1, True, 1)
+        return fi_backend.BlockSparse(x.qo_indptr, x.kv_len, self._table, starts + encoder, 1, 1, True, 1)
+
+
+def verify_words(spec_info: Any, seq_lens: torch.Tensor) -> torch.Tensor:
+    """variants.TREE's words [requests * drafts] int64 from SGLang's mask: flat, a request after the other
+    [drafts, seq_len + drafts], where all see the keys before the drafts. Requests past the mask's end are padding.
+    """
+    mask, drafts = spec_info.custom_mask.flatten(), spec_info.draft_token_num
+    if not 1 <= drafts <= 64:
+        refuse(f"expected a tree of 1 to 64 draft tokens, got {drafts}")
+    width = seq_lens.long() + drafts
+    row = torch.arange(drafts, device=mask.device)
+    first = (width * drafts).cumsum(0) - width * drafts + seq_lens
+    index = first[:, None, None] + row[:, None] * width[:, None, None] + row
+    bits = mask[index.clamp(max=mask.numel() - 1)] != 0
+    return (bits.long() << row).sum(-1).flatten()
