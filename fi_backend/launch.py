@@ -106,12 +106,12 @@ def answer(options: dict[str, Any], prompt: str, max_tokens: int) -> None:
 
 def what_ran() -> str:
     """The executors that this process's attention layers ran on. Raises RuntimeError if there were none."""
-    from .vllm import builder, kernels
+    from .serving import kernels, plans
 
-    plans = builder.plans_written()
-    if plans == 0:
+    written = plans.plans_written()
+    if written == 0:
         raise RuntimeError("expected vLLM to plan with fi_backend, but no plan was made: another backend ran")
-    return f"{plans} plans, executor {', '.join(kernels.loaded())}"
+    return f"{written} plans, executor {', '.join(kernels.loaded())}"
 
 
 def serve(options: dict[str, Any], port: int) -> None:

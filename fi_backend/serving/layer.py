@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class AttentionLayer:
         if tree and not causal:
             refuse("a tree of query tokens that is not causal is not supported")
         device = torch.empty(0, device=device).device  # a GPU with its index, as arguments are compared by it
+        self._buffers: tuple[torch.Tensor, ...] = ()
+        self._kv: KVCache | None = None
         self._args: dict[str, Any] = {}
         if window is not None:
             self._args["window"] = window
@@ -93,6 +95,12 @@ class AttentionLayer:
         if "sinks" not in self._args:
             raise ValueError("expected a layer made with sinks, got one without")
         self._args["sinks"].copy_(sinks)
+
+    def kv(self, view: Callable[..., KVCache], *buffers: torch.Tensor) -> KVCache:
+        """view(*buffers), made anew when the engine hands over other tensor objects than last time."""
+        if self._kv is None or any(a is not b for a, b in zip(buffers, self._buffers, strict=True)):
+            self._buffers, self._kv = buffers, view(*buffers)
+        return self._kv
 
     def run(
         self,

@@ -93,19 +93,25 @@ def planners() -> list[SharedPlanner]:
     return list(_planners.values())
 
 
-def share(layers: Iterable[str], key: tuple[Any, ...], **options: Any) -> SharedPlanner:
-    """A planner of these options (Planner's) for a group of layers, shared by groups with equal keys.
+def share(
+    layers: Iterable[str], key: tuple[Any, ...], *, overlapping: bool = False, **options: Any
+) -> SharedPlanner:
+    """A planner of these options (Planner's) for a group of layers.
 
-    A layer that is already served by a planner has a second group for another purpose (micro-batches that run
-    side by side, a draft loop): that one must not write into the same buffers. The oldest that fits is taken,
-    so the first micro-batch of one group never shares with the second of another.
+    Groups of equal key and options share it, and all share the workspace, unless they are overlapping: their
+    steps run beside those of other groups. A layer that is already served by a planner has a second group for
+    another purpose (micro-batches, a draft loop): that one must not write into the same buffers. The oldest
+    that fits is taken, so the first micro-batch of one group never shares with the second of another.
     """
     layers = set(layers)
+    key = (*key, *options.values())
+    if overlapping:
+        key += tuple(sorted(layers))
     for shared in planners():
         if shared.key == key and shared.layers.isdisjoint(layers):
             break
     else:
-        shared = SharedPlanner(Planner(**options), key)
+        shared = SharedPlanner(Planner(**options, workspace=None if overlapping else workspace), key)
         _planners[next(_numbers)] = shared
     shared.layers |= layers
     return shared

@@ -57,11 +57,16 @@ def check_cache_dtype(cache: torch.dtype, model: torch.dtype) -> None:
         refuse(f"expected a KV cache of the model's dtype {model}, got {cache}")
 
 
+def refuse_if(asked: Mapping[str, Any]) -> None:
+    """Refuses the first reason whose value is true: what the engine asks for."""
+    for reason, wanted in asked.items():
+        if wanted:
+            refuse(reason)
+
+
 def check_unknown(arguments: Mapping[str, Any]) -> None:
     """Layer arguments that an adapter does not know must be off: an ignored one would be a wrong answer."""
-    for name, value in arguments.items():
-        if not _off(value):
-            refuse(f"layer argument {name}={value!r} is not supported")
+    refuse_if({f"layer argument {k}={v!r} is not supported": not _off(v) for k, v in arguments.items()})
 
 
 def _off(value: Any) -> bool:

@@ -11,9 +11,15 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 
+from fi_backend.serving.refuse import MIN_CAPABILITY, takes_dtype, takes_head_size
+
 from .builder import FiMetadataBuilder
 from .impl import FiAttentionImpl
-from .limits import KV_CACHE_DTYPES, MIN_CAPABILITY, head_size_step
+from .limits import KV_CACHE_DTYPES
+
+
+def _always(answer: bool) -> Any:
+    return classmethod(lambda cls, *args, **kwargs: answer)
 
 
 class FiAttentionBackend(AttentionBackend):
@@ -63,11 +69,11 @@ class FiAttentionBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return 0 < head_size <= 256 and head_size % head_size_step(current_platform.is_cpu()) == 0
+        return takes_head_size(head_size, current_platform.is_cpu())
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
-        return dtype in cls.supported_dtypes or (dtype == torch.float32 and current_platform.is_cpu())
+        return takes_dtype(dtype, current_platform.is_cpu())
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
@@ -77,59 +83,9 @@ class FiAttentionBackend(AttentionBackend):
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
 
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        return True  # plans come from the device lengths alone
-
-    # Refused. Said one by one because defaults move between versions.
-    @classmethod
-    def is_mla(cls) -> bool:
-        return False
-
-    @classmethod
-    def is_sparse(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_non_causal(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_mm_prefix(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_rswa(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_alibi_sqrt(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_per_head_quant_scales(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_pcp(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_dcp(cls) -> bool:
-        return False
+    # Said one by one because defaults move between versions.
+    supports_sink = supports_sliding_window = supports_kv_connector = _always(True)
+    supports_device_cpu_query_lens_mismatch = _always(True)  # plans come from the device lengths alone
+    is_mla = is_sparse = supports_non_causal = supports_mm_prefix = supports_rswa = _always(False)
+    supports_alibi_sqrt = supports_per_head_quant_scales = supports_batch_invariance = _always(False)
+    supports_pcp = supports_dcp = _always(False)

@@ -1,4 +1,4 @@
-"""One attention layer: its variant, its arguments, and two calls per step (write K and V, attend)."""
+"""One attention layer: two calls per step (write K and V, attend)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 import fi_backend
-from fi_backend.variants import compose
+from fi_backend.serving.layer import AttentionLayer
+from fi_backend.serving.refuse import refuse
 
-from . import kernels
 from .builder import FiMetadata
-from .limits import check_layer, refuse
+from .limits import check_layer
 
 
 class FiAttentionImpl(AttentionImpl[FiMetadata]):
@@ -37,65 +37,38 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
         **extra: Any,
     ) -> None:
         config = get_current_vllm_config()
-        device = torch.device(config.device_config.device)
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        check_layer(
-            head_size=head_size,
-            num_heads=num_heads,
-            num_kv_heads=self.num_kv_heads,
-            scale=self.scale,
-            kv_cache_dtype=kv_cache_dtype,
-            attn_type=attn_type,
-            on_cpu=device.type == "cpu",
-            extra=extra,
+        check_layer(kv_cache_dtype, attn_type, extra)
+        self._attention = AttentionLayer(
+            q_heads=num_heads,
+            kv_heads=self.num_kv_heads,
+            head_dim=head_size,
+            scale=scale,
+            dtype=config.model_config.dtype,
+            device=config.device_config.device,
+            window=sliding_window,
+            soft_cap=logits_soft_cap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
         )
-        self.variant = compose(
-            causal=True,
-            window=sliding_window is not None,
-            soft_cap=bool(logits_soft_cap),
-            alibi=alibi_slopes is not None,
-            sinks=sinks is not None,
-        )
-        self._args: dict[str, Any] = {}
-        if sliding_window is not None:
-            self._args["window"] = sliding_window
-        if logits_soft_cap:
-            self._args["soft_cap"] = float(logits_soft_cap)
-        if alibi_slopes is not None:
-            self._args["alibi_slopes"] = torch.tensor(alibi_slopes, dtype=torch.float32, device=device)
         self._sinks = sinks
-        if sinks is not None:
-            if sinks.shape != (num_heads,):
-                refuse(f"expected sinks [{num_heads}] (query heads), got {list(sinks.shape)}")
-            # fixed address: captured graphs hold it, and weights may be loaded again later
-            self._args["sinks"] = torch.empty(num_heads, dtype=torch.float32, device=sinks.device)
-        # a value that the kernels refuse ends the start, not the first step
-        tensors = (x for x in self._args.values() if isinstance(x, torch.Tensor))
-        self.variant.pack(self._args, num_heads, next((x.device for x in tensors), device))
-        self._cache: torch.Tensor | None = None
-        self._kv: fi_backend.KVCache | None = None
-        kernels.start(device, config.model_config.dtype, head_size, self.variant)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         if self._sinks is not None:
-            self._args["sinks"].copy_(self._sinks)
+            self._attention.load_sinks(self._sinks)
 
-    def _kv_cache(self, cache: torch.Tensor) -> fi_backend.KVCache:
-        # vLLM passes the same tensor object until it allocates a new cache
-        if cache is not self._cache:
-            if cache.dim() != 4 or cache.shape[3] != 2 * self.head_size:
-                raise ValueError(
-                    f"expected a packed KV cache [blocks, kv_heads, block_size, {2 * self.head_size}], "
-                    f"got {list(cache.shape)}"
-                )
-            self._cache, self._kv = cache, fi_backend.KVCache.packed(cache)
-        assert self._kv is not None
-        return self._kv
+    def _view(self, cache: torch.Tensor) -> fi_backend.KVCache:
+        if cache.dim() != 4 or cache.shape[3] != 2 * self.head_size:
+            raise ValueError(
+                f"expected a packed KV cache [blocks, kv_heads, block_size, {2 * self.head_size}], "
+                f"got {list(cache.shape)}"
+            )
+        return fi_backend.KVCache.packed(cache)
 
     def do_kv_cache_update(
         self,
@@ -108,7 +81,7 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
         **kwargs: Any,
     ) -> None:
         # key may be longer than slot_mapping (graph padding)
-        fi_backend.append(self._kv_cache(kv_cache), key, value, slot_mapping)
+        fi_backend.append(self._attention.kv(self._view, kv_cache), key, value, slot_mapping)
 
     def forward(
         self,
@@ -129,12 +102,5 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
             refuse("quantised output is not supported")
-        return fi_backend.run(
-            attn_metadata.plan_for_layer(),
-            query,
-            self._kv_cache(kv_cache),
-            output,
-            variant=self.variant,
-            scale=self.scale,
-            **self._args,
-        )
+        kv = self._attention.kv(self._view, kv_cache)
+        return self._attention.run(attn_metadata.plan_for_layer(), query, kv, output)

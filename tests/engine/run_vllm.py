@@ -32,7 +32,7 @@ ENGINE = {
 
 def count_plans(worker: Any) -> int:
     """Runs in the worker: plans written by our builders, 0 if another backend served."""
-    from fi_backend.vllm.builder import plans_written
+    from fi_backend.serving.plans import plans_written
 
     return plans_written()
 

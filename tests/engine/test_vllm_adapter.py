@@ -15,49 +15,53 @@ import torch
 
 pytest.importorskip("vllm")
 
-from fi_backend.vllm import builder, limits
+from fi_backend.vllm import builder, impl, limits
 from fi_backend.vllm.backend import FiAttentionBackend
 
 import fi_backend
+from fi_backend.serving import kernels, plans
 
 pytestmark = pytest.mark.engine
 
-LAYER: dict[str, Any] = {
-    "head_size": 64,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "scale": 0.125,
-    "kv_cache_dtype": "auto",
-    "attn_type": "decoder",
-    "on_cpu": True,
-    "extra": {},
-}
+LAYER: dict[str, Any] = {"num_heads": 4, "head_size": 64, "scale": 0.125, "num_kv_heads": 2}
 BAD_LAYERS = [
     ({"kv_cache_dtype": "fp8_e4m3"}, "got fp8_e4m3"),
     ({"attn_type": "encoder_only"}, "got encoder_only"),
     ({"attn_type": "encoder_decoder"}, "got encoder_decoder"),
     ({"head_size": 512}, "got 512"),
-    ({"head_size": 72, "on_cpu": False}, "got 72"),
     ({"num_heads": 5}, "got 5"),
     ({"scale": 0.0}, "got 0.0"),
     ({"scale": float("nan")}, "got nan"),
-    ({"extra": {"use_alibi_sqrt": True}}, "use_alibi_sqrt"),
-    ({"extra": {"chunk_lookback": 0}}, "chunk_lookback"),
-    ({"extra": {"something_new": torch.zeros(1)}}, "something_new"),
+    ({"use_alibi_sqrt": True}, "use_alibi_sqrt"),
+    ({"chunk_lookback": 0}, "chunk_lookback"),
+    ({"something_new": torch.zeros(1)}, "something_new"),
 ]
 
 
+@pytest.fixture
+def in_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer can be made as vLLM makes it; no kernel is built."""
+    engine = SimpleNamespace(
+        device_config=SimpleNamespace(device="cpu"), model_config=SimpleNamespace(dtype=torch.float32)
+    )
+    monkeypatch.setattr(impl, "get_current_vllm_config", lambda: engine)
+    monkeypatch.setattr(kernels, "start", lambda _: None)
+
+
+@pytest.mark.usefixtures("in_engine")
 @pytest.mark.parametrize(("change", "reason"), BAD_LAYERS, ids=[r for _, r in BAD_LAYERS])
 def test_a_layer_we_cannot_serve_is_refused_with_the_reason(change: dict[str, Any], reason: str) -> None:
-    limits.check_layer(**LAYER)
+    impl.FiAttentionImpl(**LAYER)
     with pytest.raises(NotImplementedError, match=re.escape(reason)):
-        limits.check_layer(**{**LAYER, **change})
+        impl.FiAttentionImpl(**{**LAYER, **change})
 
 
+@pytest.mark.usefixtures("in_engine")
 def test_unset_extras_are_accepted() -> None:
-    limits.check_layer(**{**LAYER, "extra": {"use_alibi_sqrt": False, "chunk_lookback": -1, "x": None}})
+    impl.FiAttentionImpl(**LAYER, use_alibi_sqrt=False, chunk_lookback=-1, x=None)
 
 
+@pytest.mark.usefixtures("in_engine")
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -68,18 +72,19 @@ def test_unset_extras_are_accepted() -> None:
     ],
 )
 def test_a_layer_argument_out_of_range_is_refused_when_the_layer_is_made(
-    given: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    given: dict[str, Any], message: str
 ) -> None:
-    from fi_backend.vllm import impl
-
-    engine = SimpleNamespace(
-        device_config=SimpleNamespace(device="cpu"), model_config=SimpleNamespace(dtype=torch.float32)
-    )
-    monkeypatch.setattr(impl, "get_current_vllm_config", lambda: engine)
-    monkeypatch.setattr(impl.kernels, "start", lambda *_: None)
-    impl.FiAttentionImpl(4, 64, 0.125, 2)
     with pytest.raises((ValueError, NotImplementedError), match=message):
-        impl.FiAttentionImpl(4, 64, 0.125, 2, **given)
+        impl.FiAttentionImpl(**LAYER, **given)
+
+
+@pytest.mark.usefixtures("in_engine")
+def test_sinks_are_read_when_the_weights_have_come() -> None:
+    sinks = torch.zeros(4, dtype=torch.bfloat16)
+    layer = impl.FiAttentionImpl(**LAYER, sinks=sinks)
+    sinks.copy_(torch.arange(4))
+    layer.process_weights_after_loading(torch.bfloat16)
+    assert layer._attention._args["sinks"].tolist() == [0, 1, 2, 3]
 
 
 class FullAttentionSpec(SimpleNamespace):
@@ -169,19 +174,20 @@ def batch(common: Any, pages: int) -> fi_backend.BlockSparse:
 
 
 @pytest.fixture
-def shared() -> builder.SharedPlanner:
+def shared() -> plans.SharedPlanner:
     planner = fi_backend.Planner(
         q_heads=4, kv_heads=2, head_dim=64, max_requests=8, max_tokens=64, device="cpu"
     )
-    return builder.SharedPlanner(planner, ())
+    return plans.SharedPlanner(planner, ())
 
 
-def metadata(shared: builder.SharedPlanner, name: int, common: Any, pages: int = 4) -> builder.FiMetadata:
-    made = shared.plan(name, batch(common, pages), common)
+def metadata(shared: plans.SharedPlanner, name: int, common: Any, pages: int = 4) -> builder.FiMetadata:
+    sizes = common.num_actual_tokens, common.max_query_len, common.max_seq_len
+    made = shared.plan(name, batch(common, pages), *sizes)
     return builder.FiMetadata(made, shared, torch.zeros(0, dtype=torch.int64), common.num_actual_tokens)
 
 
-def test_groups_of_one_step_share_a_plan_but_not_a_page_table(shared: builder.SharedPlanner) -> None:
+def test_groups_of_one_step_share_a_plan_but_not_a_page_table(shared: plans.SharedPlanner) -> None:
     common = step([10, 20], [0, 1, 2])
     first, second = metadata(shared, 1, common, pages=4), metadata(shared, 2, common, pages=6)
     assert shared.step == 1
@@ -189,7 +195,7 @@ def test_groups_of_one_step_share_a_plan_but_not_a_page_table(shared: builder.Sh
     assert second.plan_for_layer().batch.table.shape[1] == 6
 
 
-def test_a_builder_that_comes_again_plans_again(shared: builder.SharedPlanner) -> None:
+def test_a_builder_that_comes_again_plans_again(shared: plans.SharedPlanner) -> None:
     common = step([10, 20], [0, 1, 2])
     metadata(shared, 1, common)
     metadata(shared, 2, common)
@@ -202,7 +208,7 @@ def test_a_builder_that_comes_again_plans_again(shared: builder.SharedPlanner) -
     assert shared.step == 3
 
 
-def test_new_lengths_are_never_served_an_old_plan(shared: builder.SharedPlanner) -> None:
+def test_new_lengths_are_never_served_an_old_plan(shared: plans.SharedPlanner) -> None:
     old = metadata(shared, 1, step([10, 20], [0, 1, 2]))
     metadata(shared, 2, step([11, 21], [0, 1, 2]))
     assert shared.step == 2
@@ -213,13 +219,13 @@ def test_new_lengths_are_never_served_an_old_plan(shared: builder.SharedPlanner)
 @pytest.mark.parametrize("causal", [False, torch.ones(2, dtype=torch.bool), {0: True}, None])
 def test_a_mask_that_is_not_causal_is_refused(causal: Any) -> None:
     with pytest.raises(NotImplementedError, match="causal"):
-        builder._refuse_mask(causal)
+        limits.check_mask(causal)
 
 
 def test_micro_batches_of_two_groups_do_not_share_across() -> None:
     options = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "max_requests": 8, "max_tokens": 64}
     made = [
-        [builder._shared_planner([layer], ("key",), {**options, "device": "cpu"}) for _ in range(4)]
+        [plans.share([layer], ("key",), **options, device="cpu") for _ in range(4)]
         for layer in ("a", "b")  # as vLLM makes them: all micro-batches of a group, then the next group
     ]
     assert len({id(shared) for shared in made[0]}) == 4
@@ -237,6 +243,8 @@ def test_groups_with_micro_batches_do_not_share(micro_batches: bool) -> None:
         builder.FiMetadataBuilder(cache, [name], engine, torch.device("cpu")) for name in ("first", "second")
     )
     assert (a._shared is b._shared) == (not micro_batches)
+    workspaces = {x._shared.planner.partial_o.data_ptr() for x in (a, b)}
+    assert len(workspaces) == (2 if micro_batches else 1)
 
 
 # ---- registration and hygiene
