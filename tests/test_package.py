@@ -14,13 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Run where nothing but the unpacked wheel is called fi_backend.
 PROBE = """
-import importlib.metadata, pathlib, fi_backend, fi_backend.vllm.register as register
+import importlib.metadata, pathlib, fi_backend
+import fi_backend.sglang.register, fi_backend.vllm.register
 from fi_backend import jit
+registers = {
+    "sglang.srt.plugins": fi_backend.sglang.register, "vllm.general_plugins": fi_backend.vllm.register,
+}
 here = pathlib.Path.cwd()
-for path in (fi_backend.__file__, register.__file__, jit.csrc()):
+for path in (fi_backend.__file__, *(r.__file__ for r in registers.values()), jit.csrc()):
     assert here in pathlib.Path(path).resolve().parents, path
 points = importlib.metadata.distribution("fi-backend").entry_points
-assert [(p.group, p.load()) for p in points] == [("vllm.general_plugins", register.register)], points
+assert {p.group: p.load() for p in points} == {group: r.register for group, r in registers.items()}, points
 """
 
 
@@ -50,7 +54,8 @@ def test_one_pure_wheel(wheel: Path) -> None:
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     assert {f"fi_backend/{source}" for source in sources} <= names
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fi_backend").rglob("*.py")}
-    modules |= {f"fi_backend/vllm/{p.name}" for p in (ROOT / "integrations" / "vllm").glob("*.py")}
+    adapters = ROOT / "integrations"
+    modules |= {f"fi_backend/{p.relative_to(adapters).as_posix()}" for p in adapters.rglob("*.py")}
     assert modules <= names
     assert not [n for n in names if n.split("/")[0] in ("tests", "benchmarks", "scripts")]
 

@@ -1,0 +1,246 @@
+"""What adapters of serving engines share, without an engine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, make
+from checks import compare, planner_for
+
+from fi_backend import KVCache, Planner, jit, serving
+from fi_backend.serving import announce, kernels, plans, refuse
+from fi_backend.serving.layer import AttentionLayer
+from fi_backend.variants import parse
+
+FOLDER = Path(str(serving.__file__)).parent
+LAYER: dict[str, Any] = {
+    "q_heads": 4,
+    "kv_heads": 2,
+    "head_dim": 64,
+    "scale": 0.125,
+    "dtype": torch.float32,
+    "device": "cpu",
+}
+PLANNER: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "max_requests": 8, "device": "cpu"}
+
+
+@pytest.fixture
+def no_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "start", lambda spec: None)
+
+
+# ---- one layer
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_dim": 512}, "expected head_size a multiple of 8 up to 256, got 512"),
+        ({"head_dim": 72, "device": "cuda"}, "expected head_size a multiple of 16 up to 256, got 72"),
+        ({"head_dim_vo": 20}, "expected V head_size a multiple of 8 up to 256, got 20"),
+        ({"q_heads": 5}, "expected query heads a multiple of the 2 KV heads, got 5"),
+        ({"scale": 0.0}, "got 0.0"),
+        ({"scale": float("nan")}, "got nan"),
+        ({"dtype": torch.float64}, "expected float16 or bfloat16, or float32, got torch.float64"),
+        ({"dtype": torch.float32, "device": "cuda"}, "expected float16 or bfloat16, got torch.float32"),
+        ({"sinks": torch.zeros(3)}, "expected sinks [4] (query heads), got [3]"),
+        ({"tree": True, "causal": False}, "a tree of query tokens that is not causal"),
+    ],
+)
+@pytest.mark.usefixtures("no_build")
+def test_a_layer_that_no_executor_takes_is_refused(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(NotImplementedError, match=re.escape(reason)):
+        AttentionLayer(**{**LAYER, **change})
+
+
+@pytest.mark.usefixtures("no_build")
+@pytest.mark.parametrize(
+    "change", [{"soft_cap": 1e6}, {"window": 0}, {"alibi_slopes": [0.5, 0.25, 0.125]}], ids=str
+)
+def test_a_value_that_the_kernels_refuse_ends_the_start(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"expected {next(iter(change))}"):
+        AttentionLayer(**LAYER, **change)
+
+
+def test_what_an_engine_asks_for_is_refused_with_its_reason() -> None:
+    refuse.check_unknown({"a": None, "b": False, "c": -1})
+    for value in (0, True, 0.5, torch.zeros(1)):
+        with pytest.raises(NotImplementedError, match="layer argument new="):
+            refuse.check_unknown({"new": value})
+    refuse.refuse_if({"this": None, "that": 0})
+    with pytest.raises(NotImplementedError, match="fi_backend: that; use another attention backend"):
+        refuse.refuse_if({"this": None, "that": 1})
+    with pytest.raises(NotImplementedError, match=r"dtype torch.bfloat16, got torch.float8_e4m3fn"):
+        refuse.check_cache_dtype(torch.float8_e4m3fn, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("no_build")
+def test_sinks_lie_where_they_were_and_show_until_they_are_loaded() -> None:
+    layer = AttentionLayer(**LAYER, sinks=True)
+    buffer = layer._args["sinks"]
+    address = buffer.data_ptr()
+    assert buffer.isnan().all()
+    for weights in (torch.arange(4, dtype=torch.bfloat16), torch.ones(4)):
+        layer.load_sinks(weights)
+        assert layer._args["sinks"].data_ptr() == address
+        assert torch.equal(layer._args["sinks"], weights.float())
+    with pytest.raises(NotImplementedError, match=re.escape("got [5]")):
+        layer.load_sinks(torch.zeros(5))
+    with pytest.raises(ValueError, match="a layer made with sinks"):
+        AttentionLayer(**LAYER).load_sinks(torch.zeros(4))
+
+
+@pytest.mark.usefixtures("no_build")
+def test_a_cache_is_viewed_again_only_when_it_is_another() -> None:
+    layer, made = AttentionLayer(**LAYER), []
+
+    def view(cache: torch.Tensor) -> KVCache:
+        made.append(cache)
+        return KVCache.packed(cache)
+
+    first, second = torch.zeros(2, 2, 16, 128), torch.zeros(2, 2, 16, 128)
+    assert layer.kv(view, first) is layer.kv(view, first)
+    assert layer.kv(view, second).k.data_ptr() == second.data_ptr()
+    assert [x is first for x in made] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("case", "layer"),
+    [
+        (
+            Case((3, 1), (70, 90), dtype="f32", variant="CAUSAL+WINDOW+SOFT_CAP+SINKS"),
+            {"window": 50, "soft_cap": 3.0, "sinks": True},
+        ),
+        (Case((1, 2), (33, 40), dtype="f32", variant="CAUSAL+ALIBI"), {"alibi_slopes": True}),
+        (Case((5, 2), (5, 40), dtype="f32", head_dim_vo=32, variant="FULL"), {"causal": False}),
+        (Case((4, 4), (30, 50), dtype="f32", variant="CAUSAL+TREE"), {"tree": True}),
+    ],
+    ids=lambda x: x.variant if isinstance(x, Case) else "",
+)
+def test_a_layer_computes_what_the_oracle_does(case: Case, layer: dict[str, Any]) -> None:
+    inputs = make(case)
+    args = inputs.variant_args
+    layer |= {name: args[name] for name in ("alibi_slopes", "sinks") if name in layer}
+    attention = AttentionLayer(**{**LAYER, "scale": 0.2, "head_dim_vo": case.head_dim_vo, **layer})
+    assert attention.variant is parse(case.variant)
+    kernels.load()
+    assert str(jit.Spec(jit.CPU, "f32", 64, case.head_dim_vo or 64, attention.variant)) in kernels.loaded()
+    per_call = {name: args[name] for name in ("tree_mask", "tree_tokens") if name in args}
+    out, lse = torch.full_like(inputs.out, torch.nan), torch.full_like(inputs.lse, torch.nan)
+    plan = planner_for(inputs).plan(inputs.batch)
+    assert attention.run(plan, inputs.q, inputs.kv, out, lse=lse, **per_call) is out
+    compare(inputs, out, lse, scale=0.2)
+
+
+# ---- kernels
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Labels of what was built, by a module of kernels that knows of none yet."""
+    made: list[str] = []
+    specs: set[jit.Spec] = set()
+    futures: dict[str, Future[Path]] = {}
+    monkeypatch.setattr(kernels, "_specs", specs)
+    monkeypatch.setattr(kernels, "_builds", futures)
+    monkeypatch.setattr(jit, "build", lambda library: made.append(library.label) or Path())
+    yield made
+    for future in futures.values():
+        future.exception()
+
+
+def test_a_library_is_built_once_and_a_gpu_layer_asks_for_all_three_kinds(builds: list[str]) -> None:
+    for dim in (64, 64, 128):
+        kernels.start(jit.Spec(90, "bf16", dim, dim, parse("CAUSAL")))
+    for future in kernels._builds.values():
+        future.result()
+    assert len(builds) == len(set(builds)) == 4
+    assert "core" in builds
+    assert sum("planner and append" in label for label in builds) == 1
+    assert [x.split()[-2] for x in kernels.loaded()] == ["128x128", "64x64"]
+
+
+def test_a_failed_build_is_said_by_load(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(library: jit.Library) -> Path:
+        raise jit.BuildError(f"cannot build {library.label}")
+
+    monkeypatch.setattr(jit, "build", fail)
+    kernels.start(jit.Spec(jit.CPU, "f32", 64, 64, parse("CAUSAL")))
+    with pytest.raises(jit.BuildError, match="cannot build"):
+        kernels.load()
+
+
+# ---- planners (plans that cache groups share: tests/engine/test_vllm_adapter.py)
+
+
+def test_planners_keep_partial_states_in_one_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_workspaces", {})
+    small, same, large, later = (
+        Planner(**{**PLANNER, "max_tokens": 16, "head_dim": dim, "workspace": plans.workspace})
+        for dim in (64, 64, 128, 64)
+    )
+    assert small.partial_o.data_ptr() == same.partial_o.data_ptr()
+    assert large.workspace_bytes > small.workspace_bytes
+    assert large.partial_o.data_ptr() != small.partial_o.data_ptr(), "the old memory stays with its planners"
+    assert later.partial_o.data_ptr() == large.partial_o.data_ptr()
+    found = plans.workspace(torch.device("cpu"), 1)
+    assert found.dtype == torch.uint8 and found.numel() == large.workspace_bytes
+
+
+def test_groups_share_a_planner_unless_their_steps_overlap() -> None:
+    options = {**PLANNER, "max_tokens": 64}
+    for overlapping in (False, True):
+        key = (f"overlapping {overlapping}",)
+        a, b = (plans.share([name], key, overlapping=overlapping, **options) for name in "ab")
+        assert (a is b) == (not overlapping)
+        assert (a.planner.partial_o.data_ptr() == b.planner.partial_o.data_ptr()) == (not overlapping)
+        assert plans.share(["a"], key, overlapping=overlapping, **options) is not a, "a is served already"
+    other = plans.share(["c"], ("overlapping False",), **{**options, "max_tokens": 65})
+    assert other.planner.max_tokens == 65
+
+
+def test_plans_are_counted() -> None:
+    before = plans.plans_written()
+    plans.made()
+    assert plans.plans_written() == before + 1
+
+
+# ---- registration and hygiene
+
+
+def test_registration_is_said_once_and_never_raises(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FI_BACKEND_ANNOUNCED", "")
+
+    def fail() -> str:
+        raise ValueError("no such engine")
+
+    for _ in range(2):
+        announce.announce("Engine", lambda: "A and B")
+    announce.announce("Engine", fail)
+    assert capsys.readouterr().err.splitlines() == [
+        "fi_backend: registered as Engine attention backend A and B",
+        "fi_backend: not registered with Engine (ValueError: no such engine)",
+    ]
+
+
+def test_no_engine_is_imported() -> None:
+    names = sorted(f"fi_backend.serving.{p.stem}" for p in FOLDER.glob("[a-z]*.py"))
+    code = f"import sys, {', '.join(names)}; assert not {{'vllm', 'sglang'}} & {{*sys.modules}}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_device_is_never_read() -> None:
+    for path in FOLDER.glob("*.py"):
+        found = re.findall(r"\.cpu\(\)|\.item\(\)|\.tolist\(\)|synchronize", path.read_text())
+        assert not found, f"{path.name}: {found}"
