@@ -10,7 +10,6 @@ constexpr int32_t kNarrowTileCost = 4;  // one KV tile against a narrow row tile
 constexpr int32_t kWideTileCost = 6;    // and against a wide one
 constexpr int32_t kMinTiles = 1;        // a row tile is never cut into pieces of fewer KV tiles
 constexpr int32_t kMinSlice = 16;       // workers stay idle rather than get less than this
-constexpr int32_t kChunkTiles = 32;     // batch invariant: narrow tiles are cut every so many KV tiles
 
 FI_HD constexpr int32_t tile_cost(bool wide) { return wide ? kWideTileCost : kNarrowTileCost; }
 

@@ -80,8 +80,11 @@ struct AttentionParams {
   const int32_t* worker_indptr;  // [workers + 1] into items
   const WorkItem* items;
   const WorkItem* merges;
-  float* partial_o;      // [slots, partial_rows, head_dim_vo] normalised within the piece
-  float* partial_lse;    // [slots, partial_rows] log2, -inf: no keys
+  // Partial states, [slots, partial_rows]; batch invariant: then [workers, q_wide] of what each works on.
+  float* partial_o;      // [.., head_dim_vo] normalised within the piece; batch invariant: a sum, as in State
+  float* partial_lse;    // log2, -inf: no keys; batch invariant: State::max
+  float* partial_sum;    // batch invariant: State::sum; otherwise null
+  int64_t worker_state;  // the first of worker 0
   int32_t partial_rows;  // rows of the largest tile that is split
   int32_t tokens;        // of q and out; those past the last request are left alone
   int32_t workers;
@@ -113,9 +116,9 @@ struct PlanParams {
   int32_t group;
   int32_t workers;
   int32_t tile_q_wide, tile_q_narrow, tile_kv;
-  int32_t causal;        // 1: keys after the row's own position are pruned
-  int32_t window;        // keys (q - window, q] are kept; 0: no window
-  int32_t chunk_tiles;   // batch invariant: narrow tiles are cut every chunk_tiles KV tiles; 0: off
+  int32_t causal;       // 1: keys after the row's own position are pruned
+  int32_t window;       // keys (q - window, q] are kept; 0: no window
+  int32_t chunk_tiles;  // batch invariant: requests of one narrow tile are cut every so many KV tiles; 0: off
   int32_t max_segments;  // capacities
   int32_t max_items;
   int32_t max_slots;

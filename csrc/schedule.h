@@ -37,7 +37,7 @@ struct Segment {
   int32_t row_begin;
   int32_t tile_begin;  // KV tiles [tile_begin, tile_begin + tiles)
   int32_t tiles;
-  int32_t wide;    // 0 or 1
+  int32_t wide;    // 0 or 1: the executor's code for it; batch invariant: always 1
   int32_t chunk;   // place in its row tile
   int32_t chunks;  // of its row tile; 1: not chunked
 };
@@ -45,7 +45,7 @@ struct Segment {
 struct Rows {  // the packed rows of a request
   int32_t tokens, kv_len;
   int64_t rows;
-  int32_t wide;
+  int32_t wide;  // more than one narrow tile
 };
 
 // Lengths read on the device cannot be refused: negative ones count as 0.
@@ -63,15 +63,17 @@ FI_HD Segment row_tile(const PlanParams& p, int32_t request, const Rows& r, int3
   int64_t position = int64_t(r.kv_len) - r.tokens;  // of the request's first query token
   int64_t low = p.window > 0 ? at_least(position + row_begin / p.group - p.window + 1, 0) : 0;
   int64_t high = p.causal ? at_most(position + (row_end - 1) / p.group + 1, r.kv_len) : r.kv_len;
-  if (low >= high) return {request, int32_t(row_begin), 0, 0, r.wide, 0, 1};
+  int32_t wide = r.wide || p.chunk_tiles > 0;
+  if (low >= high) return {request, int32_t(row_begin), 0, 0, wide, 0, 1};
   int32_t tile_begin = int32_t(low) / p.tile_kv;
   int32_t tile_end = int32_t(ceil_div(high, p.tile_kv));
-  return {request, int32_t(row_begin), tile_begin, tile_end - tile_begin, r.wide, 0, 1};
+  return {request, int32_t(row_begin), tile_begin, tile_end - tile_begin, wide, 0, 1};
 }
 
-// Chunks lie on multiples of chunk_tiles of the request's own keys, whatever the rest of the batch.
+// Chunks of a narrow tile lie on multiples of chunk_tiles of the request's own keys, whatever the rest of the
+// batch.
 FI_HD Segment chunk_of(const PlanParams& p, Segment tile, int32_t chunk) {
-  if (p.chunk_tiles <= 0 || tile.wide || tile.tiles == 0) return tile;
+  if (p.chunk_tiles <= 0 || tile.tiles == 0) return tile;
   int32_t first = tile.tile_begin / p.chunk_tiles;
   int32_t tile_end = tile.tile_begin + tile.tiles;
   tile.chunk = chunk;

@@ -12,7 +12,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 // Running softmax denominator: weight(i) = exp2(logit_i - max), sum = sum of weights. Empty: max = -inf, sum
-// = 0. A joined value is  o = o * keep + take * o_new,  and at the end  o * inverse().
+// = 0. A joined value is  joined(o, factors, o_new),  and at the end  o * finish().
 struct State {
   float max, sum;
 
@@ -27,9 +27,21 @@ struct State {
     if (log2_mass == -INFINITY) return {1.f, 0.f};
     float top = max > log2_mass ? max : log2_mass;
     Factors f{exp2f(max - top), exp2f(log2_mass - top)};
-    sum = sum * f.keep + amount * f.take;
+    sum = fmaf(sum, f.keep, amount * f.take);  // said, not left to the compiler: the same bits everywhere
     max = top;
     return f;
+  }
+
+  FI_HD static float joined(float o, const Factors& f, float o_new) {
+    return fmaf(f.take, o_new, o * f.keep);
+  }
+
+  // The last step of a row: its sink, at most one, joins here and nowhere else.
+  template <class Variant, class Args>
+  FI_HD float finish(const Args& args, int32_t q_head) {
+    float keep = 1.f;
+    if constexpr (Variant::kHasSink) keep = join(Variant::sink(args, q_head) * kLog2e).keep;
+    return keep * inverse();
   }
 
   FI_HD float inverse() const {
@@ -41,5 +53,11 @@ struct State {
   }
   FI_HD float lse() const { return sum > 0.f ? max + log2f(sum) : -INFINITY; }  // log2
 };
+
+// Batch invariant: the state that a piece of work joins its chunks to. The slot's if its row tile was split,
+// otherwise the worker's own.
+FI_HD int64_t state_of_piece(const AttentionParams& p, int32_t slot, int32_t worker, int32_t tile_q) {
+  return slot >= 0 ? int64_t(slot) * p.partial_rows : p.worker_state + int64_t(worker) * tile_q;
+}
 
 }  // namespace fi

@@ -5,11 +5,14 @@
 namespace fi {
 
 struct Tiles {
-  int32_t q_wide;       // rows of a prefill tile, also the rows of a partial state
+  int32_t q_wide;       // rows of a prefill tile
   int32_t q_narrow;     // rows of a decode tile; a request with at most this many packed rows is narrow
   int32_t kv;           // KV tokens of a tile
   int32_t ctas_per_sm;  // persistent CTAs on one multiprocessor; CPU: workers per thread
 };
+
+// Batch invariant: rows are joined from chunks of so many KV tiles, on multiples of them.
+constexpr int32_t kChunkTiles = 32;
 
 constexpr int kArchCpu = 0;
 

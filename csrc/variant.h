@@ -66,8 +66,8 @@ struct Window : Feature {
   }
 };
 
-// Speculative token trees: the last tree_tokens keys are the request's own query tokens, and bit j of a
-// token's word says whether it sees the j-th of them.
+// Speculative token trees: the last tree_tokens keys of a request are its tree. A query token among them has
+// a word, bit j of which says whether it sees the j-th of them; one before them sees all.
 struct Tree : Feature {
   template <class A>
   FI_HD static int32_t seen_before(const A& a, const Row& r) {
@@ -75,8 +75,8 @@ struct Tree : Feature {
   }
   template <class A>
   FI_HD static bool sees(const A& a, const Row& r, int32_t kv_pos) {
-    int32_t first = seen_before(a, r);
-    uint64_t word = a.tree_mask[int64_t(r.request) * a.tree_tokens + r.q_pos - first];
+    int32_t first = seen_before(a, r), token = r.q_pos - first;
+    uint64_t word = token < 0 ? ~0ull : a.tree_mask[int64_t(r.request) * a.tree_tokens + token];
     uint32_t j = kv_pos - first;  // keys before the tree wrap around
     return j >= 64 || (word >> j & 1);
   }

@@ -55,17 +55,6 @@ def check_tokens(batch: BlockSparse, tokens: int) -> None:
         raise ValueError(f"expected q of at least {end} tokens (qo_indptr ends there), got {tokens}")
 
 
-def check_tree(batch: BlockSparse, tree_tokens: int) -> None:
-    """Raises ValueError if a request has query tokens, but not tree_tokens of them."""
-    if _capturing(batch.table):
-        return
-    for request, q_len in enumerate(batch.qo_indptr.diff().tolist()):
-        if q_len not in (0, tree_tokens):
-            raise ValueError(
-                f"expected tree_tokens {tree_tokens} query tokens of request {request}, got {q_len}"
-            )
-
-
 def check_slots(slot_mapping: torch.Tensor, slots: int) -> None:
     """Raises ValueError if a slot lies past the cache."""
     if slot_mapping.numel() and not _capturing(slot_mapping) and (top := int(slot_mapping.max())) >= slots:

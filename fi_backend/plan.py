@@ -96,6 +96,10 @@ class _StagingRing:
 class Planner:
     """Owns the buffers of one plan at a time; every address and shape is fixed here.
 
+    batch_invariant: the bits of a row's out and lse depend on its request's keys and its position alone: not
+    on other requests, nor on how many query tokens of its own request are in the batch. For that, keys are
+    joined chunk by chunk, and requests of more than q_narrow rows are not split.
+
     max_requests and max_tokens (query tokens of a batch) are capacities; max_tokens * (q_heads / kv_heads)^2
     must be below 2^32. max_kv_len is needed when batch_invariant, otherwise it only bounds what the host
     planner accepts. window: keys (q - window, q] are planned for, None for all. workspace: any contiguous
@@ -169,7 +173,7 @@ class Planner:
         self.worker_indptr = self._view(self.layout.worker_indptr, (self.tiles.workers + 1,))
         self.items = self._view(self.layout.items, (self.layout.max_items, _ITEM_INTS))
         self.merges = self._view(self.layout.merges, (self.layout.max_merges, _ITEM_INTS))
-        self.partial_o, self.partial_lse = self._partials(workspace)
+        self.partial_o, self.partial_lse, self.partial_sum = self._partials(workspace)
 
     @property
     def plan_bytes(self) -> int:
@@ -178,11 +182,18 @@ class Planner:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of partial states: max_slots * partial_rows * (head_dim_vo + 1) floats for any group."""
-        return self._lse_offset + self._states * 4
+        """Bytes of partial states, for any group: max_slots * partial_rows * (head_dim_vo + 1) floats; batch
+        invariant: (max_slots * partial_rows + workers * q_wide) * (head_dim_vo + 2)."""
+        return self._lse_offset + self._states * (8 if self.batch_invariant else 4)
 
     @property
     def _states(self) -> int:
+        of_workers = self.tiles.workers * self.tiles.q_wide if self.batch_invariant else 0
+        return self.worker_state + of_workers
+
+    @property
+    def worker_state(self) -> int:
+        """Rows of partial states before those of the workers, which only batch invariant plans have."""
         return self.layout.max_slots * self.partial_rows
 
     @property
@@ -199,7 +210,7 @@ class Planner:
 
     def _partials(
         self, workspace: torch.Tensor | Callable[[torch.device, int], torch.Tensor] | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         wanted = self.workspace_bytes
         if workspace is None:
             workspace = torch.empty(wanted, dtype=torch.uint8, device=self.device)
@@ -217,10 +228,10 @@ class Planner:
                 f"expected the workspace aligned to 16 bytes, got {workspace.data_ptr() % 16} past"
             )
         memory = workspace.view(-1).view(torch.uint8)
-        slots, rows, dim = self.layout.max_slots, self.partial_rows, self.head_dim_vo
-        partial_o = memory[: self._states * dim * 4].view(torch.float32).view(slots, rows, dim)
-        partial_lse = memory[self._lse_offset : wanted].view(torch.float32).view(slots, rows)
-        return partial_o, partial_lse
+        states, dim = self._states, self.head_dim_vo
+        partial_o = memory[: states * dim * 4].view(torch.float32).view(states, dim)
+        scalars = memory[self._lse_offset : wanted].view(torch.float32)
+        return partial_o, scalars[:states], scalars[states:] if self.batch_invariant else None
 
     def plan(
         self,
@@ -305,12 +316,12 @@ class Plan:
 
     @property
     def partial_o(self) -> torch.Tensor:
-        """[max_slots, partial_rows, head_dim_vo] float32."""
+        """[rows, head_dim_vo] float32: partial_rows of each slot; batch invariant: then q_wide of each worker."""
         return self.planner.partial_o
 
     @property
     def partial_lse(self) -> torch.Tensor:
-        """[max_slots, partial_rows] float32, log2."""
+        """[rows] float32, log2."""
         return self.planner.partial_lse
 
     def rebind(self, batch: BlockSparse) -> Plan:

@@ -61,6 +61,9 @@ def _bind(plan: Plan) -> torch.Tensor:
         plan.merges,
         plan.partial_o,
         plan.partial_lse,
+        planner.partial_sum,
+        planner.partial_rows,
+        planner.worker_state,
         planner.tiles.workers,
         planner.kv_heads,
         planner.group,
@@ -84,7 +87,8 @@ def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtyp
         raise TypeError(f"expected q to be a torch tensor, got one of dtype {dtype!r}")
     if dtype not in jit.DTYPES:
         raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
-    spec = jit.Spec(runner.arch, jit.DTYPES[dtype], planner.head_dim_qk, planner.head_dim_vo, variant)
+    dims = planner.head_dim_qk, planner.head_dim_vo
+    spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, planner.batch_invariant)
     found = runner.executors[variant, dtype] = jit.executor(spec)
     return found
 

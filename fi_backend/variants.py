@@ -23,8 +23,8 @@ MAX_KV_LEN = 1 << 30  # kMaxKvLen in csrc/schedule.h; a longer window would over
 class Argument:
     """kind: "float", "int", or "tensor" (of one dimension, contiguous, on the device of q).
 
-    A tensor has dtype float32 or int64 and, per "head", q_heads elements; per "token", at least as many as q
-    has tokens, those of the batch's requests in their order.
+    A tensor has dtype float32 or int64 and, per "head", q_heads elements; per "token", as many as the
+    feature says (`run` checks).
     """
 
     name: str
@@ -104,18 +104,13 @@ class Variant:
     def __contains__(self, other: Variant) -> bool:
         return set(other.features) <= set(self.features)
 
-    def pack(
-        self, values: Mapping[str, Any], q_heads: int, device: torch.device, q: torch.Tensor | None = None
-    ) -> bytes:
-        """The bytes of the generated struct Args. Raises ValueError for arguments that do not fit.
-
-        q: of the call, [tokens, ...]; without it the length of per-token arguments is not checked.
-        """
+    def pack(self, values: Mapping[str, Any], q_heads: int, device: torch.device) -> bytes:
+        """The bytes of the generated struct Args. Raises ValueError for arguments that do not fit."""
         if not self.args and not values:
             return b""
         if values.keys() != self._names:
             self._complain(values)
-        return self._struct.pack(*[_slot(self, a, values[a.name], q_heads, device, q) for a in self.args])
+        return self._struct.pack(*[_slot(self, a, values[a.name], q_heads, device) for a in self.args])
 
     def _complain(self, values: Mapping[str, Any]) -> None:
         wanted = {a.name: a.kind for a in self.args}
@@ -128,21 +123,15 @@ class Variant:
                 raise ValueError(f"variant {self.name} needs argument {name} ({kind}), got none")
 
 
-def _slot(
-    variant: Variant, arg: Argument, value: Any, q_heads: int, device: torch.device, q: torch.Tensor | None
-) -> Any:
+def _slot(variant: Variant, arg: Argument, value: Any, q_heads: int, device: torch.device) -> Any:
     if arg.kind == "tensor":
         if not isinstance(value, torch.Tensor):
             raise TypeError(
                 f"variant {variant.name}: expected {arg.name} to be a tensor, got {type(value).__name__}"
             )
-        if arg.per == "head":
-            fits = value.shape == (q_heads,)
-        else:
-            fits = value.dim() == 1 and (q is None or value.shape[0] >= q.shape[0])
+        fits = value.shape == (q_heads,) if arg.per == "head" else value.dim() == 1
         if not fits or value.dtype != arg.dtype or not value.is_contiguous():
-            tokens = 0 if q is None else q.shape[0]
-            length = f"[{q_heads}] (q heads)" if arg.per == "head" else f"[at least {tokens}] (tokens of q)"
+            length = f"[{q_heads}] (q heads)" if arg.per == "head" else "[tokens]"
             raise ValueError(
                 f"variant {variant.name}: expected {arg.name} contiguous {str(arg.dtype)[6:]} {length}, "
                 f"got {value.dtype} {list(value.shape)} with strides {list(value.stride())}"
@@ -175,8 +164,9 @@ def _tree_mask(
     **_: Any,
 ) -> torch.Tensor:
     first = kv_len - tree_tokens
-    words, j = tree_mask[request * tree_tokens + q_pos - first], kv_pos - first
-    return (j < 0) | (words[:, None] >> j.clamp(min=0) & 1).bool()
+    token, j = q_pos - first, kv_pos - first
+    words = tree_mask[request * tree_tokens + token.clamp(min=0)]
+    return (token < 0)[:, None] | (j < 0) | (words[:, None] >> j.clamp(min=0) & 1).bool()
 
 
 FULL = Variant()
@@ -213,9 +203,10 @@ ALIBI = Variant(
 SINKS = Variant(
     Feature("SINKS", "fi::Sinks", (Argument("sinks", "tensor"),), sink=lambda *, sinks, **_: sinks)
 )
-# Speculative token trees: every request has tree_tokens query tokens, and bit j of token t's word says that t
-# sees the j-th query token of its own request; keys before those are always visible. With CAUSAL, where a
-# parent comes before its children. A window counts keys as they lie in the cache, not along the tree.
+# Speculative token trees: the last tree_tokens keys of every request are its tree, with a word each (tree_mask
+# [requests * tree_tokens]), and bit j of a query token's word says that it sees the j-th of them. Keys before
+# the tree are visible to all, and query tokens before it see everything. With CAUSAL, where a parent comes
+# before its children. A window counts keys as they lie in the cache, not along the tree.
 TREE = Variant(
     Feature(
         "TREE",

@@ -36,6 +36,7 @@ class Case:
     variant: str = "CAUSAL"
     window: int = 50
     soft_cap: float = 3.0
+    tree_tokens: int | None = None  # None: those of the longest request
     tree: str = "random"  # or "chain", or "blind": every other token sees no token of the tree
     extra_tokens: int = 2  # rows of q past the last request
     seed: int = 0
@@ -119,20 +120,24 @@ _CONSTRUCTORS = {
 }
 
 
-def tree_mask(case: Case, tokens: int) -> torch.Tensor:
-    """int64 [tokens]: a tree for each request, all with as many query tokens; noise past the last request."""
+def tree_tokens(case: Case) -> int:
+    return case.tree_tokens or max(case.q_lens)
+
+
+def tree_mask(case: Case) -> torch.Tensor:
+    """int64 [requests * tree_tokens]: a tree for each request; noise where no query token has a word."""
     rng = random.Random(case.seed)
     words: list[int] = []
+    size = tree_tokens(case)
     for q_len in case.q_lens:
         tree: list[int] = []
-        for i in range(q_len):
+        for i in range(size):
             if case.tree == "chain":
                 tree.append((2 << i) - 1)
             else:
                 above = tree[rng.randrange(i)] if i else 0
                 tree.append(0 if case.tree == "blind" and i % 2 else above | 1 << i)
-        words += tree
-    words += [rng.getrandbits(64) for _ in range(tokens - len(words))]
+        words += [rng.getrandbits(64) for _ in range(size - q_len)] + tree[max(0, size - q_len) :]
     return torch.tensor([w - (w >> 63 << 64) for w in words], dtype=torch.int64)
 
 
@@ -175,6 +180,6 @@ def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
         "sinks": torch.randn(case.q_heads, generator=rng).to(device),
     }
     if TREE in variant:
-        values |= {"tree_mask": tree_mask(case, tokens).to(device), "tree_tokens": max(case.q_lens)}
+        values |= {"tree_mask": tree_mask(case).to(device), "tree_tokens": tree_tokens(case)}
     args = {a.name: values[a.name] for a in variant.args}
     return Inputs(case, q, kv, batch, out, lse, variant, args)

@@ -74,6 +74,8 @@ TREES = [
         )
     ),
     replace(TREE, variant="CAUSAL+WINDOW+TREE", window=3),
+    replace(TREE, q_lens=(4, 2, 0, 9), tree_tokens=12, kv_lens=(12, 60, 68, 700)),  # the queries are its end
+    replace(TREE, q_lens=(4, 70, 8, 9), tree_tokens=8, kv_lens=(12, 80, 68, 700)),  # some lie before it
 ]
 # of the last chunk that a batch-invariant plan cuts, every other row sees nothing
 PIECES = replace(TREE, tree="blind", q_lens=(8,) * 3, kv_lens=(8, 72, 2048 + 8))

@@ -76,8 +76,9 @@ KVCache cache_view(const TensorView& k, const TensorView& v) {
 
 void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, const TensorView& worker_indptr,
           const TensorView& items, const TensorView& merges, const TensorView& partial_o,
-          const TensorView& partial_lse, int64_t workers, int64_t kv_heads, int64_t group,
-          int64_t head_dim_qk, int64_t head_dim_vo) {
+          const TensorView& partial_lse, const Optional<TensorView>& partial_sum, int64_t partial_rows,
+          int64_t worker_state, int64_t workers, int64_t kv_heads, int64_t group, int64_t head_dim_qk,
+          int64_t head_dim_vo) {
   bound = BoundPlan{};
   bound.device = header.device();
   bound.page_size = int32_t(batch.page_size);
@@ -106,7 +107,10 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
   bound.params.merges = reinterpret_cast<const WorkItem*>(data_of(merges));
   bound.params.partial_o = reinterpret_cast<float*>(data_of(partial_o));
   bound.params.partial_lse = reinterpret_cast<float*>(data_of(partial_lse));
-  bound.params.partial_rows = int32_t(partial_lse.size(1));
+  bound.params.partial_sum =
+      partial_sum.has_value() ? reinterpret_cast<float*>(data_of(*partial_sum)) : nullptr;
+  bound.params.partial_rows = int32_t(partial_rows);
+  bound.params.worker_state = worker_state;
   bound.params.workers = int32_t(workers);
   bound.params.kv_heads = int32_t(kv_heads);
   bound.params.group = int32_t(group);

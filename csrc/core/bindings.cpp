@@ -21,11 +21,12 @@ int64_t bound_bytes() { return sizeof(BoundPlan); }
 void bind_plan(TensorView storage, TensorView qo_indptr, TensorView kv_len, TensorView table,
                Optional<TensorView> starts, int64_t start_stride, int64_t entry_step, bool entries_are_slots,
                int64_t page_size, TensorView header, TensorView worker_indptr, TensorView items,
-               TensorView merges, TensorView partial_o, TensorView partial_lse, int64_t workers,
+               TensorView merges, TensorView partial_o, TensorView partial_lse,
+               Optional<TensorView> partial_sum, int64_t partial_rows, int64_t worker_state, int64_t workers,
                int64_t kv_heads, int64_t group, int64_t head_dim_qk, int64_t head_dim_vo) {
   BatchArgs batch{qo_indptr, kv_len, table, starts, start_stride, entry_step, page_size, entries_are_slots};
-  bind(bound_in(storage), batch, header, worker_indptr, items, merges, partial_o, partial_lse, workers,
-       kv_heads, group, head_dim_qk, head_dim_vo);
+  bind(bound_in(storage), batch, header, worker_indptr, items, merges, partial_o, partial_lse, partial_sum,
+       partial_rows, worker_state, workers, kv_heads, group, head_dim_qk, head_dim_vo);
 }
 
 void run_plan(TensorView storage, int64_t function, int64_t error_text, TensorView q, TensorView k,

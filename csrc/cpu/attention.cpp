@@ -22,12 +22,14 @@ using Element = F16;
 using Element = float;
 #endif
 using spec::Args;
+using spec::kBatchInvariant;
 using spec::kHeadDimQk;
 using spec::kHeadDimVo;
 using spec::Variant;
 
 constexpr Tiles kTiles = tiles_for(kArchCpu, kHeadDimQk, kHeadDimVo);
 constexpr int kRows = kTiles.q_wide, kKeys = kTiles.kv;
+constexpr int kChunk = kChunkTiles * kKeys;
 constexpr int kPadQk = pad(kHeadDimQk, kLanes), kPadVo = pad(kHeadDimVo, 4 * kLanes);
 static_assert(kRows % 2 == 0 && kTiles.q_narrow % 2 == 0 && kKeys % 4 == 0,
               "tile_math works on 2 rows, 4 keys");
@@ -84,11 +86,9 @@ void load_rows(const AttentionParams& p, const Args& args, const WorkItem& w, Ti
     int32_t q_pos = kv_len - q_len + int32_t(at.token - first_token(p, w));
     t.row[i] = {w.request, at.head, q_pos, kv_len};
     t.keys[i] = Variant::keys(args, t.row[i]);
-    t.state[i] = State::empty();
     const Element* q = static_cast<const Element*>(p.q) + at.token * p.q_token + at.head * p.q_head;
     for (int d = 0; d < kHeadDimQk; ++d) t.q[i][d] = to_float(q[d]);
   }
-  std::fill(&t.o[0][0], &t.o[0][0] + pad(t.rows, 2) * kPadVo, 0.f);
 }
 
 // Keys that this item covers and at least one of its rows sees. Nothing else is read: it may be poison.
@@ -102,7 +102,7 @@ KeyRange range_of(const WorkItem& w, const Tile& t) {
   // planned from an upper bound of kv_len, a window begins lower than the plan thought
   if (!(w.flags & kFirstPiece)) range.begin = std::max(range.begin, w.kv_begin);
   range.end = std::min(range.end, w.kv_end);
-  return range;
+  return range.begin < range.end ? range : KeyRange{0, 0};
 }
 
 int64_t page_of(const Batch& b, int32_t request, int32_t index, int32_t page_size) {
@@ -115,9 +115,11 @@ int64_t page_of(const Batch& b, int32_t request, int32_t index, int32_t page_siz
   return b.entries_are_slots ? entry / page_size : entry;
 }
 
-// Keys [begin, end) of a KV tile to the front of t.k and t.v; up to a multiple of 4 the rest is 0.
+// Keys [begin, end) of a KV tile to their places in t.k and t.v; before them, and after them up to a multiple
+// of 4, the rest is 0.
 void load_keys(const AttentionParams& p, const WorkItem& w, int32_t begin, int32_t end, Tile& t) {
   const KVCache& kv = p.kv;
+  int32_t origin = begin / kKeys * kKeys;
   for (int32_t pos = begin; pos < end;) {
     int32_t index = pos / kv.page_size, offset = pos % kv.page_size;
     int32_t run = std::min(kv.page_size - offset, end - pos);
@@ -125,8 +127,8 @@ void load_keys(const AttentionParams& p, const WorkItem& w, int32_t begin, int32
     const Element* k = static_cast<const Element*>(kv.k) + page * kv.k_page + w.kv_head * kv.k_head;
     const Element* v = static_cast<const Element*>(kv.v) + page * kv.v_page + w.kv_head * kv.v_head;
     for (int32_t i = 0; i < run; ++i) {
-      float* to_k = t.k[pos - begin + i];
-      float* to_v = t.v[pos - begin + i];
+      float* to_k = t.k[pos - origin + i];
+      float* to_v = t.v[pos - origin + i];
       const Element* from_k = k + (offset + i) * kv.k_token;
       const Element* from_v = v + (offset + i) * kv.v_token;
       for (int d = 0; d < kHeadDimQk; ++d) to_k[d] = to_float(from_k[d]);
@@ -134,13 +136,16 @@ void load_keys(const AttentionParams& p, const WorkItem& w, int32_t begin, int32
     }
     pos += run;
   }
-  for (int j = end - begin; j < pad(end - begin, 4); ++j) {
-    std::fill_n(t.k[j], kPadQk, 0.f);
-    std::fill_n(t.v[j], kPadVo, 0.f);
-  }
+  auto clear = [&t](int from, int to) {
+    std::fill(t.k[from], t.k[to], 0.f);
+    std::fill(t.v[from], t.v[to], 0.f);
+  };
+  clear(0, begin - origin);
+  clear(end - origin, pad(end - origin, 4));
 }
 
 // Turns one row's logits of keys [begin, begin + count) into weights; returns what to keep of the old output.
+// Where a key stands in the tile depends on its position alone, and so does the order of the sum.
 float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, float* s) {
   int lo = std::clamp(t.keys[i].begin - begin, 0, count);
   int hi = std::clamp(t.keys[i].end - begin, lo, count);
@@ -174,32 +179,30 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
   return state.join(reference, mass).keep;
 }
 
-void attend(const AttentionParams& p, const Args& args, const WorkItem& w, Tile& t) {
-  KeyRange range = range_of(w, t);
+void attend(const AttentionParams& p, const Args& args, const WorkItem& w, KeyRange range, Tile& t) {
+  std::fill_n(t.state, t.rows, State::empty());
+  std::fill(t.o[0], t.o[pad(t.rows, 2)], 0.f);
   for (int32_t begin = range.begin; begin < range.end;) {
-    int32_t end = std::min((begin / kKeys + 1) * kKeys, range.end);
-    int count = end - begin;
+    int32_t origin = begin / kKeys * kKeys, end = std::min(origin + kKeys, range.end);
+    int count = end - origin;
     load_keys(p, w, begin, end, t);
     for (int i = 0; i < t.rows; i += 2) {
       dot_rows<kPadQk, kKeys>(t.q[i], t.k[0], pad(count, 4), p.scale, t.s[0]);
       float keep[2] = {1.f, 1.f};
-      keep[0] = softmax_row(args, begin, count, i, t, t.s[0]);
+      keep[0] = softmax_row(args, origin, count, i, t, t.s[0]);
       // the row that pads an odd count computes numbers that nobody reads
-      if (i + 1 < t.rows) keep[1] = softmax_row(args, begin, count, i + 1, t, t.s[1]);
+      if (i + 1 < t.rows) keep[1] = softmax_row(args, origin, count, i + 1, t, t.s[1]);
       add_values<kPadVo, kKeys>(t.s[0], t.v[0], pad(count, 4), keep, t.o[i]);
     }
     begin = end;
   }
 }
 
-// A finished row: the sink, at most one, joins here and nowhere else.
 void write_row(const AttentionParams& p, const Args& args, const WorkItem& w, int i, State state,
                const float* o) {
   Place at = place_of(p, w, i);
-  float keep = 1.f;
-  if constexpr (Variant::kHasSink) keep = state.join(Variant::sink(args, at.head) * kLog2e).keep;
   Element* out = static_cast<Element*>(p.out) + at.token * p.o_token + at.head * p.o_head;
-  float factor = keep * state.inverse();
+  float factor = state.finish<Variant>(args, at.head);
   for (int d = 0; d < kHeadDimVo; ++d) out[d] = from_float<Element>(o[d] * factor);
   if (p.lse) p.lse[at.token * p.kv_heads * p.group + at.head] = state.lse() * kLn2;
 }
@@ -217,6 +220,40 @@ void store(const AttentionParams& p, const Args& args, const WorkItem& w, const 
   }
 }
 
+// Batch invariant: the chunk in t joins the state of its piece; the last one of an unsplit tile writes the
+// rows.
+void join_chunk(const AttentionParams& p, const Args& args, const WorkItem& w, int64_t at, bool first,
+                bool last, Tile& t) {
+  for (int i = 0; i < t.rows; ++i, ++at) {
+    float* o = p.partial_o + at * kHeadDimVo;
+    State state = first ? State::empty() : State{p.partial_lse[at], p.partial_sum[at]};
+    State::Factors f = state.join(t.state[i].lse());
+    float inverse = t.state[i].inverse();
+    for (int d = 0; d < kHeadDimVo; ++d)
+      t.o[i][d] = State::joined(first ? 0.f : o[d], f, t.o[i][d] * inverse);
+    if (last && w.slot < 0) {
+      write_row(p, args, w, i, state, t.o[i]);
+      continue;
+    }
+    std::copy_n(t.o[i], kHeadDimVo, o);
+    p.partial_lse[at] = state.max;
+    p.partial_sum[at] = state.sum;
+  }
+}
+
+void attend_in_chunks(const AttentionParams& p, const Args& args, const WorkItem& w, int32_t worker,
+                      Tile& t) {
+  KeyRange range = range_of(w, t);
+  int64_t state = state_of_piece(p, w.slot, worker, kRows);
+  int32_t begin = range.begin;
+  do {
+    int32_t end = std::min((begin / kChunk + 1) * kChunk, range.end);
+    attend(p, args, w, {begin, end}, t);
+    join_chunk(p, args, w, state, begin == range.begin, end == range.end, t);
+    begin = end;
+  } while (begin < range.end);
+}
+
 // w.kv_begin .. w.kv_end are slots here, joined in their order.
 void merge(const AttentionParams& p, const Args& args, const WorkItem& w) {
   int rows = rows_of(p, w);
@@ -226,8 +263,8 @@ void merge(const AttentionParams& p, const Args& args, const WorkItem& w) {
     std::fill_n(o, kHeadDimVo, 0.f);
     for (int32_t slot = w.kv_begin; slot < w.kv_end; ++slot) {
       int64_t at = int64_t(slot) * p.partial_rows + i;
-      State::Factors f = state.join(p.partial_lse[at]);
-      for (int d = 0; d < kHeadDimVo; ++d) o[d] = o[d] * f.keep + f.take * p.partial_o[at * kHeadDimVo + d];
+      State::Factors f = state.join(p.partial_lse[at], kBatchInvariant ? p.partial_sum[at] : 1.f);
+      for (int d = 0; d < kHeadDimVo; ++d) o[d] = State::joined(o[d], f, p.partial_o[at * kHeadDimVo + d]);
     }
     write_row(p, args, w, i, state, o);
   }
@@ -241,9 +278,14 @@ void run(const AttentionParams& p) {
 #pragma omp for schedule(dynamic, 1)
     for (int32_t worker = 0; worker < p.workers; ++worker) {
       for (int32_t n = p.worker_indptr[worker]; n < p.worker_indptr[worker + 1]; ++n) {
-        load_rows(p, args, p.items[n], tile);
-        attend(p, args, p.items[n], tile);
-        store(p, args, p.items[n], tile);
+        const WorkItem& w = p.items[n];
+        load_rows(p, args, w, tile);
+        if constexpr (kBatchInvariant) {
+          attend_in_chunks(p, args, w, worker, tile);
+        } else {
+          attend(p, args, w, range_of(w, tile), tile);
+          store(p, args, w, tile);
+        }
       }
     }
 #pragma omp for schedule(dynamic, 1)

@@ -2,12 +2,14 @@
 //
 // A wide tile gives every warp its own rows (32 of 128, or 16 of 64 for wide heads) and all tokens of a KV
 // tile; a narrow tile gives every warp the same 16 rows and a quarter of the tokens, and the warps' states
-// meet in shared memory at the end.
+// meet in shared memory at the end. Batch invariant builds have wide tiles alone: one arithmetic for all
+// rows.
 //
 // K and V tiles alternate in one ring of slots (K0 V0 K1 V1 ...). Step h waits for its own tile, passes one
 // barrier (everybody has left step h - 1), starts the copy of step h + kSlots - 1 into the slot just left,
 // then computes.
 #pragma once
+#include "chunk.cuh"
 #include "load.cuh"
 #include "mma.cuh"
 #include "softmax.cuh"
@@ -87,8 +89,8 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
   int thread = fresh_thread_index(), lane = thread % 32, warp = thread / 32;
   int warp_row = kWide ? 16 * kFragments * warp : 0;
   int warp_token = kWide ? 0 : kTokens * warp;
-  auto has_rows = [&] {
-    return task.begin + warp_row < task.end;
+  auto has_rows = [&](int fragment = 0) {
+    return task.begin + warp_row + 16 * fragment < task.end;
   };  // read anew: a register less across the loop
 
   RowState<kWide> state(thread, p, args, task);
@@ -115,6 +117,7 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
         int token = task.first_token + tile * kTileKv + warp_token;
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
+          if (kBatchInvariant && f > 0 && !has_rows(f)) continue;  // decodes are wide tiles too
           Scores<kTokens> s;
           scores<kTokens>(lane, s, q, f, slot, warp_token);
           state.template step<kTokens>(probabilities[f], s, o[f], f, token);
@@ -124,18 +127,36 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
       copy_async_wait<kSlots - 2>();
       __syncthreads();
       stream.issue<kEven>(tile + kSlots / 2, stream.slot_before(slot));
-      if (has_rows()) accumulate<kTokens>(lane, o, probabilities, slot, warp_token);
+      if (kBatchInvariant && kFragments > 1 && !has_rows(kFragments - 1)) {
+        if (has_rows()) accumulate<kTokens, 1>(lane, o, probabilities, slot, warp_token);
+      } else if (has_rows()) {
+        accumulate<kTokens, kFragments>(lane, o, probabilities, slot, warp_token);
+      }
       slot = stream.slot_after(slot);
     }
     copy_async_wait<0>();
     __syncthreads();  // the ring and Q are free again
   }
   state.finish();
-  if constexpr (kWide) {
+  if constexpr (kBatchInvariant) {
+    join_chunk(state, o);
+  } else if constexpr (kWide) {
     store_wide(state, o);
   } else {
     exchange_warps(smem.exchange, state, o);
     store_narrow(p, args, task, smem.exchange);
+  }
+}
+
+// Batch invariant: every chunk from the start, so that it has the bits of one that is a work item of its own.
+__device__ __forceinline__ void process_in_chunks(const AttentionParams& p, const Args& args,
+                                                  const Smem& smem) {
+  while (true) {
+    process<true>(p, args, smem);
+    if (smem.task->last_chunk()) return;
+    __syncthreads();  // everybody has left the chunk
+    if (fresh_thread_index() == 0) smem.task->next_chunk();
+    __syncthreads();
   }
 }
 
@@ -156,7 +177,9 @@ __global__ void __launch_bounds__(kThreads, kTiles.ctas_per_sm)
     __syncthreads();
     if (*smem.cursor < 0) return;
     if (smem.task->end <= smem.task->begin) continue;
-    if (smem.task->wide) {
+    if constexpr (kBatchInvariant) {
+      process_in_chunks(p, args, smem);
+    } else if (smem.task->wide) {
       process<true>(p, args, smem);
     } else {
       process<false>(p, args, smem);

@@ -67,8 +67,8 @@ __device__ __forceinline__ void scores(int lane, Scores<kTokens>& s, const Queri
   }
 }
 
-// o += P V of all fragments for the same tokens: every V fragment is read once for all of them
-template <int kTokens, int kFragments>
+// o += P V of the first kLive fragments for the same tokens: every V fragment is read once for all of them
+template <int kTokens, int kLive, int kFragments>
 __device__ __forceinline__ void accumulate(int lane, Output (&o)[kFragments],
                                            const Probabilities<kTokens> (&p)[kFragments], uint32_t smem_v,
                                            int token) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void accumulate(int lane, Output (&o)[kFragments],
       uint32_t b[4];
       load_matrix_x4_trans(b, LayoutVo::advance(first, n) + 16 * step * LayoutVo::kRowBytes);
 #pragma unroll
-      for (int f = 0; f < kFragments; ++f) {
+      for (int f = 0; f < kLive; ++f) {
         mma_16x8x16<Element>(o[f][n], p[f][step], b[0], b[1]);
         mma_16x8x16<Element>(o[f][n + 1], p[f][step], b[2], b[3]);
       }

@@ -107,13 +107,14 @@ struct RowState {
     m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
     m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
     float base = m == -INFINITY ? 0.f : m * to_log2();  // -inf - -inf would be NaN
+    // batch invariant: compiled without fused products, so this is 1 where the largest score stays
     float keep = exp2_approx(max[r] * to_log2() - base);
     max[r] = m;
     sum[r] *= keep;
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n) {
-      s[n][2 * half] = exp2_approx(s[n][2 * half] * to_log2() - base);
-      s[n][2 * half + 1] = exp2_approx(s[n][2 * half + 1] * to_log2() - base);
+      s[n][2 * half] = exp2_approx(fmaf(s[n][2 * half], to_log2(), -base));
+      s[n][2 * half + 1] = exp2_approx(fmaf(s[n][2 * half + 1], to_log2(), -base));
       sum[r] += s[n][2 * half] + s[n][2 * half + 1];
     }
 #pragma unroll

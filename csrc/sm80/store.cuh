@@ -4,7 +4,7 @@
 
 namespace fi::sm80 {
 
-// Where one packed row goes; the sink joins here when no merge follows.
+// Where one packed row goes; it is finished when no merge follows.
 struct RowTarget {
   float factor;
   Element* out;    // null: partial state
@@ -22,9 +22,7 @@ struct RowTarget {
     } else {
       int head = task.head_of(p, packed);
       int64_t row = task.q_first + task.token_of(p, packed);
-      float keep = 1.f;
-      if constexpr (Variant::kHasSink) keep = row_state.join(Variant::sink(args, head) * kLog2e).keep;
-      factor = keep * row_state.inverse();
+      factor = row_state.finish<Variant>(args, head);
       out = static_cast<Element*>(p.out) + row * p.o_token + head * p.o_head;
       partial = nullptr;
       if (leader && p.lse) p.lse[row * (p.kv_heads * p.group) + head] = row_state.lse() * kLn2;

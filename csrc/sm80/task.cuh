@@ -25,6 +25,8 @@ struct Task {
   int32_t key_begin, key_end;  // keys that some row of the tile may see
   int32_t first_token, tiles;  // KV tiles of this piece
   uint32_t per_group;          // ceil(2^32 / group)
+  int32_t last;                // batch invariant: end of the piece's keys; the task is one chunk of them,
+  int32_t first_chunk;         // 1: the first of them
 
   __device__ Task(const AttentionParams& p, const Args& args, const WorkItem& item)
       : request(item.request),
@@ -52,8 +54,21 @@ struct Task {
     key_end = Variant::keys(args, row(p, end - 1)).end;
     first_token = key_begin / kTileKv * kTileKv;
     if (!(item.flags & kFirstPiece)) first_token = max(first_token, item.kv_begin);
-    int last = min(key_end, item.kv_end);
-    tiles = last > first_token ? (last - first_token + kTileKv - 1) / kTileKv : 0;
+    last = min(key_end, item.kv_end);
+    first_chunk = 1;
+    set_tiles();
+  }
+
+  __device__ __forceinline__ void set_tiles() {
+    int stop = last;
+    if constexpr (kBatchInvariant) stop = min(stop, (first_token / kChunk + 1) * kChunk);
+    tiles = stop > first_token ? (stop - first_token + kTileKv - 1) / kTileKv : 0;
+  }
+  __device__ __forceinline__ bool last_chunk() const { return first_token + tiles * kTileKv >= last; }
+  __device__ __forceinline__ void next_chunk() {
+    first_token += tiles * kTileKv;
+    first_chunk = 0;
+    set_tiles();
   }
 
   // packed / group by a multiplication; exact while packed < 2^32 / group, beyond any request's rows

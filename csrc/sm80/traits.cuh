@@ -16,6 +16,7 @@ using Element = __half;
 
 using Args = spec::Args;
 using Variant = spec::Variant;
+using spec::kBatchInvariant;
 
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
@@ -26,6 +27,7 @@ static_assert(kDimQk % 16 == 0 && kDimVo % 16 == 0, "head dims are multiples of 
 constexpr Tiles kTiles = tiles_for(FI_ARCH, kDimQk, kDimVo);
 constexpr int kTileKv = kTiles.kv;
 constexpr int kTileQ = kTiles.q_wide;
+constexpr int kChunk = kChunkTiles * kTileKv;           // tokens
 constexpr int kWideFragments = kTileQ / (16 * kWarps);  // 16-row fragments a warp has of a wide tile
 static_assert(kTiles.q_narrow == 16 && kTileQ == 16 * kWarps * kWideFragments && kTileKv == 16 * kWarps,
               "warp layout");

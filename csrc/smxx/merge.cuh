@@ -19,11 +19,71 @@ __device__ void fill_with_nan(const AttentionParams& p) {
   }
 }
 
-// Pieces beyond 32 are taken in rounds of 32, the running state carried along.
-template <class Element, class Variant, class Args, int kTileQ, int kTileQNarrow, int kDimVo>
+// The columns of o that a lane has: 4 lane to 4 lane + 3, and 128 further on.
+template <int kDimVo>
+using Columns = float4[(kDimVo + 127) / 128];
+
+// The states of one row in slots [begin, end). Slots beyond 32 are taken in rounds of 32, the running state
+// carried along.
+template <int kDimVo>
+__device__ __forceinline__ State weigh_states(const AttentionParams& p, int begin, int end, int row,
+                                              Columns<kDimVo>& o) {
+  int lane = threadIdx.x % 32;
+  float top = -INFINITY, sum = 0.f;
+  for (int first = begin; first < end; first += 32) {
+    int count = min(32, end - first);
+    int64_t state = int64_t(first) * p.partial_rows + row;
+    float lse = lane < count ? p.partial_lse[state + lane * p.partial_rows] : -INFINITY;
+    float round_top = lse;
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) round_top = fmaxf(round_top, __shfl_xor_sync(~0u, round_top, d));
+    float new_top = fmaxf(top, round_top);
+    float base = new_top == -INFINITY ? 0.f : new_top;
+    float keep = exp2f(top - base), weight = exp2f(lse - base);
+    top = new_top;
+    sum *= keep;
+    for (float4& x : o) x = {x.x * keep, x.y * keep, x.z * keep, x.w * keep};
+    const float* partial = p.partial_o + state * kDimVo + 4 * lane;
+#pragma unroll 8
+    for (int i = 0; i < count; ++i) {
+      float w = __shfl_sync(~0u, weight, i);
+      sum += w;
+#pragma unroll
+      for (int v = 0; v < sizeof(o) / sizeof(float4); ++v) {
+        if (4 * lane + 128 * v >= kDimVo) continue;
+        float4 x = *reinterpret_cast<const float4*>(partial + int64_t(i) * p.partial_rows * kDimVo + 128 * v);
+        o[v] = {o[v].x + w * x.x, o[v].y + w * x.y, o[v].z + w * x.z, o[v].w + w * x.w};
+      }
+    }
+  }
+  return {top, sum};
+}
+
+// Batch invariant: one after the other, as chunks join in the kernel.
+template <int kDimVo>
+__device__ __forceinline__ State join_states(const AttentionParams& p, int begin, int end, int row,
+                                             Columns<kDimVo>& o) {
+  int lane = threadIdx.x % 32;
+  State state = State::empty();
+#pragma unroll 4
+  for (int slot = begin; slot < end; ++slot) {
+    int64_t at = int64_t(slot) * p.partial_rows + row;
+    State::Factors f = state.join(p.partial_lse[at], p.partial_sum[at]);
+#pragma unroll
+    for (int v = 0; v < sizeof(o) / sizeof(float4); ++v) {
+      int column = 4 * lane + 128 * v;
+      if (column >= kDimVo) continue;
+      float4 x = *reinterpret_cast<const float4*>(p.partial_o + at * kDimVo + column);
+      o[v] = {State::joined(o[v].x, f, x.x), State::joined(o[v].y, f, x.y), State::joined(o[v].z, f, x.z),
+              State::joined(o[v].w, f, x.w)};
+    }
+  }
+  return state;
+}
+
+template <class Element, class Variant, class Args, bool kInOrder, int kTileQ, int kTileQNarrow, int kDimVo>
 __global__ void __launch_bounds__(32 * kMergeWarps, 2)
     merge_kernel(const __grid_constant__ AttentionParams p) {
-  constexpr int kVectors = (kDimVo + 127) / 128;  // float4 a lane
   Args args = *reinterpret_cast<const Args*>(p.variant_args);
   int lane = threadIdx.x % 32;
   int merges = p.header->merges;
@@ -35,47 +95,17 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2)
     int tile_rows = item.flags & kWideTile ? kTileQ : kTileQNarrow;
     int row_end = min(q_len * p.group, item.row_begin + tile_rows);
     for (int packed = item.row_begin + threadIdx.x / 32; packed < row_end; packed += kMergeWarps) {
-      float top = -INFINITY, sum = 0.f;
-      float4 o[kVectors] = {};
-      for (int first = item.kv_begin; first < item.kv_end; first += 32) {
-        int count = min(32, item.kv_end - first);
-        int64_t state = int64_t(first) * p.partial_rows + packed - item.row_begin;
-        float lse = lane < count ? p.partial_lse[state + lane * p.partial_rows] : -INFINITY;
-        float round_top = lse;
-#pragma unroll
-        for (int d = 16; d > 0; d /= 2) round_top = fmaxf(round_top, __shfl_xor_sync(~0u, round_top, d));
-        float new_top = fmaxf(top, round_top);
-        float base = new_top == -INFINITY ? 0.f : new_top;
-        float keep = exp2f(top - base), weight = exp2f(lse - base);
-        top = new_top;
-        sum *= keep;
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v)
-          o[v] = {o[v].x * keep, o[v].y * keep, o[v].z * keep, o[v].w * keep};
-        const float* partial = p.partial_o + state * kDimVo + 4 * lane;
-#pragma unroll 8
-        for (int i = 0; i < count; ++i) {
-          float w = __shfl_sync(~0u, weight, i);
-          sum += w;
-#pragma unroll
-          for (int v = 0; v < kVectors; ++v) {
-            if (4 * lane + 128 * v >= kDimVo) continue;
-            float4 x =
-                *reinterpret_cast<const float4*>(partial + int64_t(i) * p.partial_rows * kDimVo + 128 * v);
-            o[v] = {o[v].x + w * x.x, o[v].y + w * x.y, o[v].z + w * x.z, o[v].w + w * x.w};
-          }
-        }
-      }
-      State joined{top, sum};
+      Columns<kDimVo> o = {};
+      int begin = item.kv_begin, end = item.kv_end, row_of_tile = packed - item.row_begin;
+      State joined = kInOrder ? join_states<kDimVo>(p, begin, end, row_of_tile, o)
+                              : weigh_states<kDimVo>(p, begin, end, row_of_tile, o);
       int token = packed / p.group, head = item.kv_head * p.group + packed - token * p.group;
       int64_t row = q_first + token;
-      float factor = 1.f;
-      if constexpr (Variant::kHasSink) factor = joined.join(Variant::sink(args, head) * kLog2e).keep;
-      factor *= joined.inverse();
+      float factor = joined.finish<Variant>(args, head);
       if (p.lse && lane == 0) p.lse[row * (p.kv_heads * p.group) + head] = joined.lse() * kLn2;
       Element* out = static_cast<Element*>(p.out) + row * p.o_token + head * p.o_head;
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < sizeof(o) / sizeof(float4); ++v) {
         int column = 4 * lane + 128 * v;
         if (column >= kDimVo) continue;
         out[column] = Element(o[v].x * factor);

@@ -46,13 +46,17 @@ def csrc() -> Path:
 
 @dataclass(frozen=True)
 class Spec:
-    """One executor build. arch: 0 for the CPU, else 80, 86, ...; dtype: "bf16", "f16", "f32" (CPU only)."""
+    """One executor build. arch: 0 for the CPU, else 80, 86, ...; dtype: "bf16", "f16", "f32" (CPU only).
+
+    batch_invariant: for plans of a batch invariant planner, and for no others.
+    """
 
     arch: int
     dtype: str
     head_dim_qk: int
     head_dim_vo: int
     variant: Variant
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         check_head_dims(self.arch, self.head_dim_qk, self.head_dim_vo)
@@ -66,7 +70,8 @@ class Spec:
 
     def __str__(self) -> str:
         dims = f"{self.head_dim_qk}x{self.head_dim_vo}"
-        return f"{arch_name(self.arch)} attention {self.dtype} {dims} {self.variant}"
+        invariant = " batch invariant" if self.batch_invariant else ""
+        return f"{arch_name(self.arch)} attention {self.dtype} {dims} {self.variant}{invariant}"
 
     def header(self) -> str:
         """The text of fi_spec.h: configuration only."""
@@ -77,6 +82,7 @@ class Spec:
             f"// {self}\n#pragma once\n#define FI_ARCH {self.arch}\n#define {_ELEMENTS[self.dtype]} 1\n"
             f'#include "variant.h"\nnamespace fi::spec {{\n'
             f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
+            f"constexpr bool kBatchInvariant = {str(self.batch_invariant).lower()};\n"
             f"struct Args {{{members} }};\nusing Variant = fi::Compose<{features}>;\n}}\n"
         )
 
@@ -172,11 +178,13 @@ def _cpu_library(spec: Spec) -> Library:
     return Library(str(spec), _file_name(spec), ("cpu",), identity, spec.header(), steps)
 
 
-def _nvcc_steps(sources: list[str], arch: int) -> tuple[tuple[str, ...], Callable[[Path], list[list[str]]]]:
+def _nvcc_steps(
+    sources: list[str], arch: int, *more: str
+) -> tuple[tuple[str, ...], Callable[[Path], list[list[str]]]]:
     # 90a: wgmma and TMA exist only in the architecture-specific set
     number = "90a" if arch == 90 else str(arch)
     flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{number},code=sm_{number}", "-lineinfo"]
-    flags += ["-Xcompiler=-fPIC,-fno-gnu-unique", "-Xlinker=-Bsymbolic", "-shared", "-Xptxas=-v"]
+    flags += ["-Xcompiler=-fPIC,-fno-gnu-unique", "-Xlinker=-Bsymbolic", "-shared", "-Xptxas=-v", *more]
 
     def steps(folder: Path) -> list[list[str]]:
         files = [str(csrc() / s) for s in sources]
@@ -188,7 +196,9 @@ def _nvcc_steps(sources: list[str], arch: int) -> tuple[tuple[str, ...], Callabl
 
 
 def _gpu_library(spec: Spec) -> Library:
-    identity, steps = _nvcc_steps(["sm80/attention.cu"], spec.arch)
+    # a product and a sum fused here and not there, or in one of two unrolled rows, would show in the bits
+    more = ["--fmad=false"] if spec.batch_invariant else []
+    identity, steps = _nvcc_steps(["sm80/attention.cu"], spec.arch, *more)
     return Library(str(spec), _file_name(spec), ("sm80", "smxx"), identity, spec.header(), steps)
 
 
@@ -201,7 +211,8 @@ def _smxx_library(arch: int) -> Library:
 
 def _file_name(spec: Spec) -> str:
     dims = f"{spec.head_dim_qk}x{spec.head_dim_vo}"
-    return f"{arch_name(spec.arch)}-{spec.dtype}-{dims}-{spec.variant}".replace("+", "_").lower()
+    invariant = "-invariant" if spec.batch_invariant else ""
+    return f"{arch_name(spec.arch)}-{spec.dtype}-{dims}-{spec.variant}{invariant}".replace("+", "_").lower()
 
 
 def library(spec: Spec) -> Library:
