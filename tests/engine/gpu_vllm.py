@@ -11,15 +11,26 @@ import argparse
 import json
 import math
 import statistics
-import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from benchmarks import engine_process
 from benchmarks.engine_process import tell
+
+from .answers import (
+    ANSWER,
+    CONTEXT,
+    DTYPE,
+    END,
+    MAX_DIFFERENCE,
+    MAX_REQUESTS,
+    MIN_AGREEING,
+    PROMPTS,
+    Results,
+    agreement,
+    parser,
+    quietest,
+    run_engines,
+)
 
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
@@ -31,32 +42,8 @@ MODES: dict[str, dict[str, Any]] = {
 BASELINE = "FLASH_ATTN-V2-eager"
 ENGINES = [BASELINE, *(f"CUSTOM-{runner}-{mode}" for runner in ("V2", "V1") for mode in MODES)]
 CAPTURE_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
-CONTEXT, PROMPTS, ANSWER = 2048, 32, 32
-END = 2  # <|im_end|>
-# bf16 logits of this model come in steps of 0.125: the best two are often equal, and FLASH_ATTN itself
-# answers 10 of 32 prompts differently when it finds them in the prefix cache. f16 has steps of 1/64.
-DTYPE = "float16"
-PERPLEXITY_TOKENS = 22_000
-MAX_REQUESTS = 256
-BUILDS, BUILD_BATCHES = 50, 20  # builds timed in a row, and how often
-MANUAL = 200  # tokens of the text that half of the questions come after, the same for all of them
-QUESTIONS = (
-    """\
-What is the capital of France?|How many days are there in a week?|What is two plus two?
-Name the largest planet of the solar system.|What colour do you get when you mix blue and yellow?
-Who wrote Romeo and Juliet?|What is the boiling point of water?|What is the opposite of hot?
-Which animal is known as the king of the jungle?|How many legs does a spider have?
-What is the chemical symbol of gold?|In which country are the pyramids of Giza?|What do bees make?
-What is the first month of the year?|Which ocean lies between Europe and America?|What is ten minus four?
-""".replace("\n", "|")
-    .strip("|")
-    .split("|")
-)
-MAX_DIFFERENCE, MIN_AGREEING, MAX_BUILD_US = 0.002, 30, 40.0
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+MAX_BUILD_US = 40.0
+MODULE = "tests.engine.gpu_vllm"
 
 
 # ---- in the engine process
@@ -96,10 +83,7 @@ def guarded_builds(worker: Any) -> dict[str, Any]:
 
 
 def time_build(worker: Any) -> dict[str, Any]:
-    """Host microseconds of one build() at MAX_REQUESTS decodes, the device idle before it.
-
-    Other engines share the processors: the batch of builds with the smallest median was disturbed least.
-    """
+    """Host microseconds of one build() at MAX_REQUESTS decodes, the device idle before it."""
     import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -132,18 +116,7 @@ def time_build(worker: Any) -> dict[str, Any]:
         return 1e6 * seconds
 
     torch.cuda.synchronize()
-    for _ in range(BUILDS):  # warm-up
-        build()
-    batches = []
-    for _ in range(BUILD_BATCHES):
-        batches.append(sorted(build() for _ in range(BUILDS)))
-        time.sleep(0.1)  # lets a neighbour's burst pass
-    quiet = min(batches, key=statistics.median)
-    return {
-        "median_us": round(statistics.median(quiet), 1),
-        "p90_us": round(quiet[BUILDS * 9 // 10], 1),
-        "medians_us": sorted(round(statistics.median(b), 1) for b in batches),
-    }
+    return quietest(build)
 
 
 def child(args: argparse.Namespace) -> None:
@@ -204,92 +177,6 @@ def child(args: argparse.Namespace) -> None:
 # ---- in the parent
 
 
-def tokens_of(model: Path, text: Path | None) -> dict[str, Any]:
-    """Token ids: chunks of real English text to score, and questions, half of them after a shared text."""
-    from tokenizers import Tokenizer
-
-    if text is not None:
-        words = text.read_text()
-    else:  # the documentation that every Python carries: prose, 150 k tokens
-        from pydoc_data import topics
-
-        words = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    ids = tokenizer.encode(words).ids
-    # a chunk leaves room for the one token that is generated
-    size = CONTEXT - 8
-    chunks = [ids[i : i + size] for i in range(0, PERPLEXITY_TOKENS, size)]
-    if sum(len(c) - 1 for c in chunks) < 20_000:
-        raise SystemExit(f"expected a text of at least 20,000 tokens, got {len(ids)}")
-    prompts = []
-    for i in range(PROMPTS):
-        manual = "Keep this text in mind:\n" + tokenizer.decode(ids[:MANUAL]) + "\n\n" if i % 2 else ""
-        question = QUESTIONS[i // 2 % len(QUESTIONS)]
-        turns = (
-            ("system", "You are a helpful AI assistant.<|im_end|>\n"),
-            ("user", f"{manual}{question}<|im_end|>\n"),
-            ("assistant", ""),
-        )
-        prompts.append(tokenizer.encode("".join(f"<|im_start|>{role}\n{say}" for role, say in turns)).ids)
-    return {"chunks": chunks, "prompts": prompts}
-
-
-class Results:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self.data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        self.data.setdefault("engines", {})
-
-    def engine(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.data["engines"].setdefault(name, {})
-        return found
-
-    def add(self, name: str, values: dict[str, Any]) -> None:
-        with self._lock:
-            self.engine(name).update(values)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.data) + "\n")
-
-
-def run_engine(name: str, args: argparse.Namespace, tokens: Path, end: float, results: Results) -> None:
-    left = end - time.monotonic()
-    if left < 45:
-        say(f"{name}: no time left")
-        return
-    say(f"{name}: starting, at most {left:.0f} s")
-    results.add(name, {"failed": None})
-    runner = "1" if "-V2-" in name else "0"
-    command = [sys.executable, "-m", "tests.engine.gpu_vllm", "--child", name]
-    command += ["--model", str(args.model), "--tokens", str(tokens)]
-    log = args.out.with_name(f"{args.out.stem}-{name}.log")
-
-    def receive(values: dict[str, Any]) -> None:
-        results.add(name, values)
-        shown = [f"{k} {'done' if k.startswith('answers') else v}" for k, v in values.items()]
-        say(f"{name}: {', '.join(shown)}")
-
-    with log.open("w") as errors:
-        code = engine_process.run(command, left, receive, {"VLLM_USE_V2_MODEL_RUNNER": runner}, errors)
-    if code != 0:
-        tail = engine_process.last_words(log)
-        results.add(name, {"failed": f"exit code {code}: {tail}"})
-        say(f"{name}: failed, exit code {code}\n{tail}")
-
-
-def agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[int, list[str]]:
-    """How many answers agree in all tokens; for the others where they part and how close that choice was."""
-    equal, partings = 0, []
-    for i, (a, b) in enumerate(zip(ours["tokens"], theirs["tokens"], strict=True)):
-        step = next((s for s, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-        if step is None:  # one that ends earlier differs in its last token, <|im_end|>
-            equal += 1
-            continue
-        gap, other = theirs["gaps"][i][step], ours["gaps"][i][step]
-        partings.append(f"prompt {i} token {step}: {b[step]} against {a[step]}, logit gaps {gap} and {other}")
-    return equal, partings
-
-
 def judge(name: str, results: Results) -> dict[str, Any]:
     """Verdict of one of our engines: what was measured and what of it misses the goals."""
     engine, base = results.engine(name), results.engine(BASELINE)
@@ -319,17 +206,12 @@ def judge(name: str, results: Results) -> dict[str, Any]:
 
 
 def run_all(args: argparse.Namespace) -> Results:
-    end = time.monotonic() + 60 * args.minutes
-    results = Results(args.out)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    tokens = args.out.with_name(f"{args.out.stem}-tokens.json")
-    tokens.write_text(json.dumps(tokens_of(args.model, args.text)))
-    todo = [n for n in [BASELINE, *args.engine] if not results.engine(n).get("done")]
-    todo = list(dict.fromkeys(todo))
-    if todo:  # one alone first: the others find its compiled kernels
-        run_engine(todo[0], args, tokens, end, results)
-    with ThreadPoolExecutor(args.parallel) as pool:
-        list(pool.map(lambda n: run_engine(n, args, tokens, end, results), todo[1:]))
+    results = run_engines(
+        MODULE,
+        [BASELINE, *args.engine],
+        args,
+        lambda name: {"VLLM_USE_V2_MODEL_RUNNER": "1" if "-V2-" in name else "0"},
+    )
     results.data["verdicts"] = {n: judge(n, results) for n in args.engine if n != BASELINE}
     base = results.engine(BASELINE)
     if base.get("done"):  # how much of a disagreement is the peer's own
@@ -338,21 +220,8 @@ def run_all(args: argparse.Namespace) -> Results:
     return results
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m tests.engine.gpu_vllm", description=__doc__)
-    made.add_argument("--model", type=Path, required=True, help="model folder with a tokenizer.json")
-    made.add_argument("--out", type=Path, default=Path("gpu_vllm.json"), help="results (JSON)")
-    made.add_argument("--text", type=Path, help="English text to score (default: Python's own documentation)")
-    made.add_argument("--engine", action="append", choices=ENGINES, help="only this one (repeatable)")
-    made.add_argument("--parallel", type=int, default=3, help="engines at a time on the GPU")
-    made.add_argument("--minutes", type=float, default=8.5, help="time for everything (default: %(default)s)")
-    made.add_argument("--child", help=argparse.SUPPRESS)
-    made.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
-    return made
-
-
 def main() -> None:
-    args = parser().parse_args()
+    args = parser(MODULE, ENGINES, __doc__).parse_args()
     if args.child:
         child(args)
         return

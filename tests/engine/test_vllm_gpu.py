@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 from benchmarks.engine_process import ROOT
 
-from . import gpu_vllm
+from . import answers, gpu_vllm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.timeout(1800)]
 
@@ -24,7 +24,8 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, ob
     if not (MODEL / "tokenizer.json").exists():
         pytest.skip(f"no model folder {MODEL}")
     out = tmp_path_factory.mktemp("engines") / "results.json"
-    args = gpu_vllm.parser().parse_args(["--model", str(MODEL), "--out", str(out), "--minutes", "25"])
+    options = ["--model", str(MODEL), "--out", str(out), "--minutes", "25"]
+    args = answers.parser(gpu_vllm.MODULE, gpu_vllm.ENGINES, None).parse_args(options)
     args.engine = gpu_vllm.ENGINES
     found: dict[str, dict[str, object]] = gpu_vllm.run_all(args).data["verdicts"]
     return found
