@@ -77,11 +77,12 @@ class KVCache:
 
     @classmethod
     def slots(cls, k: torch.Tensor, v: torch.Tensor, page_size: int) -> KVCache:
-        """k, v [token slots, kv_heads, head_dim]: page p is slots p * page_size to (p + 1) * page_size - 1."""
+        """k, v [slots, kv_heads, head_dim]: page p is the slots from p * page_size on."""
         _check_rank("k", k, 3, "[slots, kv_heads, head_dim]")
         _check_rank("v", v, 3, "[slots, kv_heads, head_dim]")
         pages = k.shape[0] // page_size  # slots past the last whole page belong to none
-        return cls(*(x[: pages * page_size].unflatten(0, (pages, page_size)) for x in (k, v)))
+        k, v = (x[: pages * page_size].unflatten(0, (pages, page_size)) for x in (k, v))
+        return cls(k, v)
 
     @property
     def num_pages(self) -> int:

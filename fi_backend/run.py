@@ -127,21 +127,18 @@ def run(
             "overwritten: run it before that, or use two planners"
         )
     executor = runner.executors.get((variant, q.dtype)) or _load(planner, runner, variant, q.dtype)
-    args = variant.pack(variant_args, planner.q_heads, planner.device, q)
+    args = variant.pack(variant_args, planner.q_heads, planner.device)
     if planner.window is not None and variant_args["window"] > planner.window:
         raise ValueError(
             f"expected window of at most {planner.window} (the plan's), got {variant_args['window']}"
         )
     if "tree_tokens" in variant_args:
-        tree_tokens = variant_args["tree_tokens"]
-        needed = plan.batch.num_requests * tree_tokens
-        if q.shape[0] < needed:
+        needed = plan.batch.num_requests * variant_args["tree_tokens"]
+        if (found := variant_args["tree_mask"].shape[0]) < needed:
             raise ValueError(
-                f"expected q of at least {needed} tokens ({plan.batch.num_requests} requests x tree_tokens "
-                f"{tree_tokens}), got {q.shape[0]}"
+                f"expected tree_mask of at least {needed} words ({plan.batch.num_requests} requests x "
+                f"tree_tokens {variant_args['tree_tokens']}), got {found}"
             )
-        if runner.debug:
-            debug.check_tree(plan.batch, tree_tokens)
     if out is None:
         out = q.new_empty(q.shape[0], planner.q_heads, planner.head_dim_vo)
     if runner.debug:

@@ -13,6 +13,7 @@ from ..plan import Plan
 from ..run import run
 from . import kernels
 from .refuse import check_layer, refuse
+from .shapes import Shape
 
 
 class AttentionLayer:
@@ -58,6 +59,7 @@ class AttentionLayer:
         )
         if tree and not causal:
             refuse("a tree of query tokens that is not causal is not supported")
+        self.shape = Shape(q_heads, kv_heads, head_dim, self.head_dim_vo, window, causal)
         device = torch.empty(0, device=device).device  # a GPU with its index, as arguments are compared by it
         self._buffers: tuple[torch.Tensor, ...] = ()
         self._kv: KVCache | None = None

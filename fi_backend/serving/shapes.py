@@ -44,11 +44,10 @@ class Planners:
             if requests <= planner.max_requests and tokens <= planner.max_tokens:
                 return planner
         # powers of two: few planners whatever the sizes of the batches to come
-        capacity = {
-            "max_requests": _power_of_two(max(requests, self.at_least[0])),
-            "max_tokens": _power_of_two(max(tokens, self.at_least[1])),
-        }
-        known.append(Planner(**key[0]._asdict(), **capacity, **self._options))
+        options = {**self._options, **key[0]._asdict()}
+        options["max_requests"] = _power_of_two(max(requests, self.at_least[0]))
+        options["max_tokens"] = _power_of_two(max(tokens, self.at_least[1]))
+        known.append(Planner(**options))
         return known[-1]
 
 
@@ -57,26 +56,20 @@ def _power_of_two(n: int) -> int:
 
 
 def windowed_token_table(
-    qo_indptr: torch.Tensor,
-    kv_len: torch.Tensor,
-    req_to_token: torch.Tensor,
-    rows: torch.Tensor,
-    page_size: int,
-    *,
-    window: int,
-    longest: int,
-    slot_map: torch.Tensor,
+    batch: BlockSparse, window: int, longest: int, slot_map: torch.Tensor
 ) -> BlockSparse:
-    """A token table of which only the pages that a window reaches are copied, through slot_map.
+    """A batch over a token table, of which only the pages that a window reaches are copied, through slot_map.
 
     For windowed layers with a cache of their own: slot_map [slots] int64 gives that cache's slot of a token.
     longest: most query tokens of a request, or an upper bound, which fixes the shape of the copy. Entries
-    before the window do not exist; they are never read. Other arguments as BlockSparse.from_token_table.
+    before the window do not exist; they are never read.
     """
-    first_page = (kv_len - qo_indptr.diff() - window + 1).clamp(min=0) // page_size
-    width = min((window + longest) // page_size + 2, -(-req_to_token.shape[1] // page_size))
-    pages = first_page[:, None] + torch.arange(width, dtype=torch.int32, device=kv_len.device)
-    slots = req_to_token[rows[:, None], (pages * page_size).clamp(max=req_to_token.shape[1] - 1)]
+    table, page_size, device = batch.table, batch.page_size, batch.device
+    assert batch.starts is not None
+    first_page = (batch.kv_len - batch.qo_indptr.diff() - window + 1).clamp(min=0) // page_size
+    width = min((window + longest) // page_size + 2, -(-table.shape[1] // page_size))
+    pages = first_page[:, None] + torch.arange(width, dtype=torch.int32, device=device)
+    slots = table[batch.starts[:, None], (pages * page_size).clamp(max=table.shape[1] - 1)]
     entries = slot_map[slots].int().flatten()
-    starts = torch.arange(0, rows.shape[0] * width, width, device=kv_len.device) - first_page
-    return BlockSparse(qo_indptr, kv_len, entries, starts, 1, 1, True, page_size)
+    starts = torch.arange(0, batch.num_requests * width, width, device=device) - first_page
+    return BlockSparse(batch.qo_indptr, batch.kv_len, entries, starts, 1, 1, True, page_size)

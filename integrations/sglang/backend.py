@@ -20,10 +20,11 @@ from fi_backend.serving import kernels
 from fi_backend.serving.layer import AttentionLayer
 from fi_backend.serving.plans import workspace
 from fi_backend.serving.refuse import check_unknown
-from fi_backend.serving.shapes import Planners, Shape
+from fi_backend.serving.shapes import Planners
+from fi_backend.serving.tree import words_of_mask
 
 from .limits import check_layer, check_runner
-from .step import CROSS, SELF, SWA, Draft, Step, verify_words
+from .step import CROSS, SELF, SWA, Draft, Step
 
 
 class FiAttentionBackend(AttentionBackend):
@@ -67,10 +68,10 @@ class FiAttentionBackend(AttentionBackend):
     # once per forward
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        step = Step(self, forward_batch, uniform=False, draft=self._draft)
+        step = self.forward_metadata = Step(self, forward_batch, uniform=False, draft=self._draft)
         if _has_tree(forward_batch):
-            step.tree_mask = verify_words(forward_batch.spec_info, forward_batch.seq_lens)
-        self.forward_metadata = step
+            spec = forward_batch.spec_info
+            step.tree_mask = words_of_mask(spec.custom_mask, forward_batch.seq_lens, spec.draft_token_num)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         self.planners.at_least = (max_bs, max_num_tokens)
@@ -94,12 +95,13 @@ class FiAttentionBackend(AttentionBackend):
         return 1
 
     def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
-        """The mask of a step that was prepared before the drafts were there."""
+        """The tree of a step that was prepared before its drafts were there."""
         step = self.forward_metadata
         assert step is not None
         if not _has_tree(step.batch):
             return
-        words = verify_words(spec_info, step.batch.seq_lens[: step.batch.batch_size])
+        seq_lens = step.batch.seq_lens[: step.batch.batch_size]
+        words = words_of_mask(spec_info.custom_mask, seq_lens, spec_info.draft_token_num)
         if cuda_graph_bs is not None:  # a captured graph holds the address
             assert self._graph_tree is not None
             words = self._graph_tree[: words.shape[0]].copy_(words)
@@ -130,32 +132,25 @@ class FiAttentionBackend(AttentionBackend):
             loc = forward_batch.encoder_out_cache_loc if cross else forward_batch.out_cache_loc
             pool.set_kv_buffer(layer, KVWriteLoc(loc, step.swa_loc(loc)), k, v, layer.k_scale, layer.v_scale)
         swa = getattr(pool, "layers_mapping", {}).get(layer.layer_id, (0, False))[1]
-        table = CROSS if cross else SWA if swa else SELF
-        tokens = q.shape[0]
-        shape = Shape(
-            layer.tp_q_head_num,
-            layer.tp_k_head_num,
-            layer.head_dim,
-            layer.v_head_dim,
-            _window(layer),
-            _causal(layer),
-        )
-        plan = step.plan(shape, table, tokens)
-        tree: dict[str, Any] = {}
-        if step.tree_mask is not None and shape.causal:
+        plain = self._layer(layer, sinks, tree=False)
+        plan = step.plan(plain.shape, CROSS if cross else SWA if swa else SELF, q.shape[0])
+        attention, tree = plain, {}
+        if step.tree_mask is not None and plain.shape.causal:  # after step.plan, which makes a draft's
+            attention = self._layer(layer, sinks, tree=True)
             tree = {
                 "tree_mask": step.tree_mask,
-                "tree_tokens": step.tree_mask.shape[0] // plan.batch.num_requests,
+                "tree_tokens": len(step.tree_mask) // plan.batch.num_requests,
             }
         out = getattr(forward_batch, "_attn_output", None)  # the prefill graph's own buffer
         if out is None:
-            out = q.new_empty(tokens, layer.tp_q_head_num * layer.v_head_dim)
-        attention = self._layer(layer, sinks, bool(tree))
+            out = q.new_empty(q.shape[0], layer.tp_q_head_num * layer.v_head_dim)
+        # asked every time: the pool may have to wait for keys that come back from the host
+        kv = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         attention.run(
             plan,
-            q.view(tokens, layer.tp_q_head_num, layer.head_dim),
-            self._cache(attention, layer.layer_id, plan.batch.page_size),
-            out.view(tokens, layer.tp_q_head_num, layer.v_head_dim),
+            q.view(-1, layer.tp_q_head_num, layer.head_dim),
+            attention.kv(lambda k, v: fi_backend.KVCache.slots(k, v, plan.batch.page_size), *kv),
+            out.view(-1, layer.tp_q_head_num, layer.v_head_dim),
             **tree,
         )
         return out
@@ -183,12 +178,6 @@ class FiAttentionBackend(AttentionBackend):
         elif sinks is not None:  # weights may be loaded again, also under a captured graph
             found.load_sinks(sinks)
         return found
-
-    def _cache(self, layer: AttentionLayer, layer_id: int, page_size: int) -> fi_backend.KVCache:
-        # asked every time: the pool may have to wait for keys that come back from the host
-        pool = self.token_to_kv_pool
-        k, v = pool.get_key_buffer(layer_id), pool.get_value_buffer(layer_id)
-        return layer.kv(lambda *kv: fi_backend.KVCache.slots(*kv, page_size), k, v)
 
 
 def _page_size(runner: Any) -> int:

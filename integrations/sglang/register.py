@@ -1,6 +1,7 @@
 """Entry point of the `sglang.srt.plugins` group: makes `--attention-backend fi` a choice.
 
-SGLang calls `register` in every process it starts, also in those that only parse arguments: no CUDA, no build.
+SGLang calls `register` in every process it starts, also in those that only parse arguments: no CUDA, no
+build.
 """
 
 from __future__ import annotations
@@ -10,38 +11,22 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from fi_backend.serving.announce import say_once
+from fi_backend.serving.announce import announce
 
 NAME = "fi"
-OLDEST, NEWEST = (0, 5, 16), (0, 5, 23)
+OLDEST = (0, 5, 16)
 DRAFT_FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend"
 
 
 def register() -> None:
-    """Idempotent, and never raises: SGLang would log the error and go on without the name."""
-    try:
-        found = version("sglang")
-        if _numbers(found) < OLDEST:
-            raise RuntimeError(
-                f"expected SGLang {_text(OLDEST)} or newer, got {found}: its interface differs"
-            )
-        _add_name()
-    except Exception as error:
-        say_once(f"fi_backend: not registered with SGLang ({type(error).__name__}: {error})")
-        return
-    untried = f"; SGLang {found} is newer than any it was read for" if _numbers(found) > NEWEST else ""
-    say_once(f"fi_backend: registered as SGLang attention backend {NAME}{untried}")
+    announce("SGLang", _add)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", text)[:3]))
-
-
-def _text(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))
-
-
-def _add_name() -> None:
+def _add() -> str:
+    """Idempotent."""
+    found = version("sglang")
+    if tuple(map(int, re.findall(r"\d+", found)[:3])) < OLDEST:
+        raise RuntimeError(f"expected SGLang {'.'.join(map(str, OLDEST))} or newer, got {found}")
     from sglang.srt import server_args
     from sglang.srt.layers.attention.attention_registry import (
         ATTENTION_BACKENDS,
@@ -49,15 +34,15 @@ def _add_name() -> None:
     )
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    if NAME in ATTENTION_BACKENDS:
-        return
-    register_attention_backend(NAME)(_create)
-    server_args.add_attention_backend_choices([NAME])
-    server_args.add_deterministic_attention_backend_choices([NAME])
-    server_args.add_radix_supported_deterministic_attention_backend_choices([NAME])
-    if hasattr(server_args, "add_draft_attention_backend_choices"):  # from 0.5.19 on
-        server_args.add_draft_attention_backend_choices([NAME])
-    HookRegistry.register(DRAFT_FACTORY, _create_draft, HookType.AROUND)
+    if NAME not in ATTENTION_BACKENDS:
+        register_attention_backend(NAME)(_create)
+        server_args.add_attention_backend_choices([NAME])
+        server_args.add_deterministic_attention_backend_choices([NAME])
+        server_args.add_radix_supported_deterministic_attention_backend_choices([NAME])
+        if hasattr(server_args, "add_draft_attention_backend_choices"):  # from 0.5.19 on
+            server_args.add_draft_attention_backend_choices([NAME])
+        HookRegistry.register(DRAFT_FACTORY, _create_draft, HookType.AROUND)
+    return NAME
 
 
 def _create(runner: Any) -> Any:
@@ -72,14 +57,13 @@ def _create_draft(
     """Adds ours to the table of draft backends, which SGLang makes anew for every call."""
 
     def create() -> Any:
-        from .backend import FiAttentionBackend
         from .draft import FiDraftBackend
 
         runner = factory.draft_model_runner
         if "decode" in known["triton"].__name__:  # the role names the flag to read, not the use
             backend: Any = FiDraftBackend(runner, factory.topk, factory.speculative_num_steps)
         else:
-            backend = FiAttentionBackend(runner)
+            backend = _create(runner)
         return backend if hasattr(factory, "server_args") else (NAME, backend)  # a pair from 0.5.19 on
 
     return original(factory, role, {**known, NAME: create}, *args, **kwargs)

@@ -1,7 +1,7 @@
 """What the layers of one forward share: lengths, page tables and plans, all on the device.
 
-Nothing is computed until the first layer asks. A graph that is being captured thus records all of it, and each
-replay plans anew from the engine's static buffers without any host work.
+Nothing is computed until the first layer asks. A graph that is being captured thus records all of it, and
+each replay plans anew from the engine's static buffers without any host work.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-import fi_backend
-from fi_backend.serving.refuse import refuse
+from fi_backend import BlockSparse, Plan
 from fi_backend.serving.shapes import Planners, Shape, windowed_token_table
+from fi_backend.serving.tree import words_of_branches
 
 SELF, SWA, CROSS = "self", "swa", "cross"  # whose keys, and in which pool
 
@@ -24,13 +24,6 @@ class Draft(NamedTuple):
     steps: int
     topk: int
 
-    def words(self, requests: int, device: torch.device) -> torch.Tensor:
-        """Branch b sees the first step + 1 of its own slots; all branches' slots follow the request's keys."""
-        seen = (1 << (self.step + 1)) - 1
-        row = [0] * (self.topk * self.steps)
-        row[-self.topk :] = [seen << (b * self.steps) for b in range(self.topk)]
-        return torch.tensor(row, device=device).repeat(requests)
-
 
 class Lengths(NamedTuple):
     qo_indptr: torch.Tensor  # [requests + 1] int32
@@ -41,19 +34,12 @@ class Lengths(NamedTuple):
 class Step:
     """One forward of `batch`: a ForwardBatch, or the view of one that a graph replay hands over.
 
-    uniform: in a graph every request has equally many query tokens. tree_mask: variants.TREE's words, or None.
+    uniform: in a graph every request has equally many query tokens.
     """
 
-    def __init__(
-        self,
-        backend: Any,
-        batch: Any,
-        *,
-        uniform: bool,
-        draft: Draft | None,
-        tree_mask: torch.Tensor | None = None,
-    ) -> None:
-        self.batch, self.tree_mask = batch, tree_mask
+    def __init__(self, backend: Any, batch: Any, *, uniform: bool, draft: Draft | None) -> None:
+        self.batch = batch
+        self.tree_mask: torch.Tensor | None = None  # words of variants.TREE
         self._planners: Planners = backend.planners
         self._table: torch.Tensor = backend.req_to_token_pool.req_to_token
         self._full_to_swa = getattr(backend.token_to_kv_pool, "full_to_swa_index_mapping", None)
@@ -62,12 +48,12 @@ class Step:
         self.restart()
 
     def restart(self) -> None:
-        """The next layer computes everything anew: the warm-up and the capture of a graph are two forwards."""
-        self._plans: dict[tuple[Shape, str], fi_backend.Plan] = {}
+        """The next layer computes all anew: the warm-up and the capture of a graph are two forwards."""
+        self._plans: dict[tuple[Shape, str], Plan] = {}
         self._lengths: Lengths | None = None
         self._swa_loc: torch.Tensor | None = None
 
-    def plan(self, shape: Shape, table: str, tokens: int) -> fi_backend.Plan:
+    def plan(self, shape: Shape, table: str, tokens: int) -> Plan:
         """tokens: query tokens of the calling layer."""
         found = self._plans.get((shape, table))
         if found is None:
@@ -85,15 +71,13 @@ class Step:
 
     def _find_lengths(self, tokens: int) -> Lengths:
         b, mode = self.batch, self.batch.forward_mode
-        requests = b.batch_size
-        kv_len, each = b.seq_lens[:requests].int(), 1
+        requests, each = b.batch_size, 1
+        kv_len = b.seq_lens[:requests].int()
         if self._draft is not None:
-            each = self._draft.topk
-            if each == 1:
-                kv_len = kv_len + (self._draft.step + 1)
-            else:
-                kv_len = kv_len + each * self._draft.steps
-                self.tree_mask = self._draft.words(requests, kv_len.device)
+            step, steps, each = self._draft
+            kv_len = kv_len + (step + 1 if each == 1 else each * steps)
+            if each > 1:
+                self.tree_mask = words_of_branches(requests, each, steps, step + 1, kv_len.device)
         elif mode.is_target_verify():
             each = b.spec_info.draft_token_num
             kv_len = kv_len + each  # the engine's length counts no drafts here
@@ -108,40 +92,22 @@ class Step:
             each = tokens // requests
             if new is not None:  # rows past a request's own are padding behind its last key
                 kv_len = kv_len - new[:requests].int() + each
-        ends = torch.arange(0, (requests + 1) * each, each, dtype=torch.int32, device=kv_len.device)
-        return Lengths(ends, kv_len, each)
+        qo_indptr = torch.arange(0, requests * each + 1, each, dtype=torch.int32, device=kv_len.device)
+        return Lengths(qo_indptr, kv_len, each)
 
-    def _block_sparse(self, x: Lengths, table: str, window: int | None) -> fi_backend.BlockSparse:
-        rows = self.batch.req_pool_indices[: x.kv_len.shape[0]]
-        encoder = getattr(self.batch, "encoder_lens", None)
+    def _block_sparse(self, lengths: Lengths, table: str, window: int | None) -> BlockSparse:
+        qo_indptr, kv_len, longest = lengths
+        rows = self.batch.req_pool_indices[: kv_len.shape[0]]
         if table == SWA:
-            assert window is not None and self._full_to_swa is not None
-            return windowed_token_table(
-                x.qo_indptr, x.kv_len, self._table, rows, self._page_size,
-                window=window, longest=x.longest, slot_map=self._full_to_swa,
-            )  # fmt: skip
+            assert window is not None
+            batch = BlockSparse.from_token_table(qo_indptr, kv_len, self._table, rows, self._page_size)
+            return windowed_token_table(batch, window, longest, self._full_to_swa)
+        encoder = getattr(self.batch, "encoder_lens", None)
         if encoder is None:
-            return fi_backend.BlockSparse.from_token_table(
-                x.qo_indptr, x.kv_len, self._table, rows, self._page_size
-            )
+            return BlockSparse.from_token_table(qo_indptr, kv_len, self._table, rows, self._page_size)
         # a row holds the encoder's keys and behind them the decoder's, which begin at no page's border
         encoder = encoder[: rows.shape[0]].int()
         starts = rows.long() * self._table.stride(0)
         if table == CROSS:
-            return fi_backend.BlockSparse(x.qo_indptr, encoder, self._table, starts, 1, 1, True, 1)
-        return fi_backend.BlockSparse(x.qo_indptr, x.kv_len, self._table, starts + encoder, 1, 1, True, 1)
-
-
-def verify_words(spec_info: Any, seq_lens: torch.Tensor) -> torch.Tensor:
-    """variants.TREE's words [requests * drafts] int64 from SGLang's mask: flat, a request after the other
-    [drafts, seq_len + drafts], where all see the keys before the drafts. Requests past the mask's end are padding.
-    """
-    mask, drafts = spec_info.custom_mask.flatten(), spec_info.draft_token_num
-    if not 1 <= drafts <= 64:
-        refuse(f"expected a tree of 1 to 64 draft tokens, got {drafts}")
-    width = seq_lens.long() + drafts
-    row = torch.arange(drafts, device=mask.device)
-    first = (width * drafts).cumsum(0) - width * drafts + seq_lens
-    index = first[:, None, None] + row[:, None] * width[:, None, None] + row
-    bits = mask[index.clamp(max=mask.numel() - 1)] != 0
-    return (bits.long() << row).sum(-1).flatten()
+            return BlockSparse(qo_indptr, encoder, self._table, starts, 1, 1, True, 1)
+        return BlockSparse(qo_indptr, kv_len, self._table, starts + encoder, 1, 1, True, 1)
