@@ -35,12 +35,12 @@ def check_runner(runner: Any) -> None:
 
 
 def check_layer(layer: Any) -> None:
+    position = layer.pos_encoding_mode
     cap, encoder = layer.logit_capping_method, layer.attn_type.value == "encoder_only"
     refuse_if(
         {
             f"expected logit_capping_method tanh, got {cap}": layer.logit_cap > 0 and cap != "tanh",
-            f"pos_encoding_mode {layer.pos_encoding_mode} is not supported": layer.pos_encoding_mode
-            != "NONE",
+            f"expected pos_encoding_mode NONE, got {position}": position != "NONE",
             "a temperature by position (xai_temperature_len) is not supported": layer.xai_temperature_len > 0,
             "a window in bidirectional layers is not supported": encoder and layer.sliding_window_size >= 0,
         }

@@ -42,7 +42,7 @@ class Step:
         self.tree_mask: torch.Tensor | None = None  # words of variants.TREE
         self._planners: Planners = backend.planners
         self._table: torch.Tensor = backend.req_to_token_pool.req_to_token
-        self._full_to_swa = getattr(backend.token_to_kv_pool, "full_to_swa_index_mapping", None)
+        self._full_to_swa: Any = getattr(backend.token_to_kv_pool, "full_to_swa_index_mapping", None)
         self._page_size: int = backend.page_size
         self._uniform, self._draft = uniform, draft
         self.restart()
@@ -82,7 +82,7 @@ class Step:
             each = b.spec_info.draft_token_num
             kv_len = kv_len + each  # the engine's length counts no drafts here
         elif not mode.is_decode_or_idle():
-            new = getattr(b, "extend_seq_lens", None)
+            new: Any = getattr(b, "extend_seq_lens", None)
             if new is None:
                 new = getattr(b.spec_info, "extend_seq_lens_tensor", None)
             if not self._uniform:
