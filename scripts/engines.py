@@ -26,9 +26,9 @@ CPU_VLLM_NEEDS = """
 # declares is several gigabytes of CUDA kernels.
 CPU_SGLANG_NEEDS = """
     torch==2.13.0 transformers==5.12.1 numpy<2.4 apache-tvm-ffi>=0.1.6,<0.2 aiohttp compressed_tensors dill
-    einops fastapi IPython jsonschema msgspec openai orjson partial_json_parser pillow prometheus-client psutil
-    pybase64 pydantic python-multipart pyzmq requests sentencepiece setproctitle soundfile tiktoken tqdm uvicorn
-    uvloop
+    einops fastapi IPython jsonschema msgspec openai orjson partial_json_parser pillow prometheus-client
+    psutil pybase64 pydantic python-multipart pyzmq requests sentencepiece setproctitle soundfile tiktoken
+    tqdm uvicorn uvloop
 """.split()
 # Imported at its start and hardly used. Newer releases of Triton are larger by half; torchvision and xgrammar
 # would bring other versions of torch and Triton.

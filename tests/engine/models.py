@@ -38,7 +38,7 @@ class Model:
 
     @property
     def gemma(self) -> bool:
-        return self.model_type == "gemma2"
+        return self.model_type.startswith("gemma")
 
     def config(self) -> dict[str, Any]:
         return {
@@ -68,9 +68,9 @@ class Model:
         def matrix(rows: int, columns: int) -> torch.Tensor:
             return torch.randn(rows, columns, generator=generator) * (2 / columns**0.5)
 
-        def norm() -> torch.Tensor:
+        def norm(size: int = self.hidden) -> torch.Tensor:
             # Gemma's norms store the difference from one
-            return torch.zeros(self.hidden) if self.gemma else torch.ones(self.hidden)
+            return torch.zeros(size) if self.gemma else torch.ones(size)
 
         # Gemma scales its embeddings up and reads its logits with them: large ones would echo the last token
         scale = 0.01 if self.gemma else 1.0
@@ -85,6 +85,9 @@ class Model:
             for name, heads in (("q", self.q_heads), ("k", self.kv_heads), ("v", self.kv_heads)):
                 yield f"{prefix}.self_attn.{name}_proj.weight", matrix(heads * self.head_dim, self.hidden)
             yield f"{prefix}.self_attn.o_proj.weight", matrix(self.hidden, self.hidden)
+            if self.model_type == "gemma3_text":
+                yield f"{prefix}.self_attn.q_norm.weight", norm(self.head_dim)
+                yield f"{prefix}.self_attn.k_norm.weight", norm(self.head_dim)
             yield f"{prefix}.mlp.gate_proj.weight", matrix(wide, self.hidden)
             yield f"{prefix}.mlp.up_proj.weight", matrix(wide, self.hidden)
             yield f"{prefix}.mlp.down_proj.weight", matrix(self.hidden, wide)
@@ -93,6 +96,9 @@ class Model:
             yield "lm_head.weight", matrix(VOCAB, self.hidden)
 
 
+WINDOWED, FULL = "sliding_attention", "full_attention"
+GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": WINDOW, "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA2 = {**GEMMA, "attn_logit_softcapping": SOFT_CAP, "final_logit_softcapping": 30.0}
 MODELS = {
     m.name: m
     for m in (
@@ -102,16 +108,21 @@ MODELS = {
             "gemma2",
             "Gemma2ForCausalLM",
             "gemma2",
-            extra={
-                "attn_logit_softcapping": SOFT_CAP,
-                "final_logit_softcapping": 30.0,
-                "query_pre_attn_scalar": 64,
-                "sliding_window": WINDOW,
-                "hidden_activation": "gelu_pytorch_tanh",
-                # three cache groups, two of them with equal plans
-                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-            },
+            # three cache groups, two of them with equal plans
+            extra={**GEMMA2, "layer_types": [WINDOWED, WINDOWED, FULL]},
             layers=3,
+        ),
+        Model(
+            "gemma2-even",  # SGLang gives every second layer the window, whatever layer_types say
+            "Gemma2ForCausalLM",
+            "gemma2",
+            extra={**GEMMA2, "layer_types": [WINDOWED, FULL]},
+        ),
+        Model(
+            "gemma3",
+            "Gemma3ForCausalLM",
+            "gemma3_text",
+            extra={**GEMMA, "layer_types": [WINDOWED, FULL], "rope_local_base_freq": 10000.0},
         ),
     )
 }
