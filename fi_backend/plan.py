@@ -316,7 +316,7 @@ class Plan:
 
     @property
     def partial_o(self) -> torch.Tensor:
-        """[rows, head_dim_vo] float32: partial_rows a slot; if batch invariant, then q_wide of each worker."""
+        """[rows, head_dim_vo] float32: partial_rows a slot; batch invariant: then q_wide a worker."""
         return self.planner.partial_o
 
     @property

@@ -38,8 +38,9 @@ def planner_for(inputs: Inputs, workers: int | None = None, **changes: Any) -> P
 
 
 def poison(plan: Plan) -> None:
-    plan.partial_o.fill_(float("nan"))
-    plan.partial_lse.fill_(float("nan"))
+    for x in (plan.partial_o, plan.partial_lse, plan.planner.partial_sum):
+        if x is not None:
+            x.fill_(float("nan"))
 
 
 def run_inputs(plan: Plan, inputs: Inputs, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,29 +119,6 @@ def check_upper_bound(case: Case, device: str = "cpu", **planner: Any) -> None:
     compare(inputs, *run_inputs(plan, inputs))
 
 
-def check_batch_invariance(case: Case, device: str = "cpu") -> None:
-    """Each request alone gives the bits that it gives in the batch."""
-    inputs = make(case, device)
-    planner = planner_for(inputs, batch_invariant=True)
-    out, lse = run_inputs(planner.plan(inputs.batch), inputs)
-    begin = 0
-    for request, (q_len, kv_len) in enumerate(zip(case.q_lens, case.kv_lens, strict=True)):
-        alone = make(replace(case, q_lens=(q_len,), kv_lens=(kv_len,), extra_tokens=0), device)
-        rows = slice(begin, begin + q_len)
-        pages = replace(
-            inputs.batch,
-            qo_indptr=alone.batch.qo_indptr,
-            kv_len=alone.batch.kv_len,
-            table=inputs.batch.table[request:],
-        )
-        alone.q, alone.kv, alone.batch = inputs.q[rows], inputs.kv, pages
-        small_planner = planner_for(alone, workers=3, batch_invariant=True)
-        small = run_inputs(small_planner.plan(pages), alone)
-        for whole, part in zip((out, lse), small, strict=True):
-            assert torch.equal(whole[rows], part), f"request {request} differs when alone"
-        begin += q_len
-
-
 def check_append(case: Case, device: str = "cpu", tokens: int = 40) -> None:
     """Slots in any order, some skipped, k and v as slices of a fused projection; nothing else is touched."""
     kv = make(case, device).kv
@@ -163,12 +141,12 @@ def check_append(case: Case, device: str = "cpu", tokens: int = 40) -> None:
         assert torch.equal(cache.nan_to_num(1e9), want.nan_to_num(1e9)), "append wrote something else"
 
 
-def build(cases: list[Case], device: str, dtypes: tuple[str, ...]) -> None:
+def build(cases: list[Case], device: str, dtypes: tuple[str, ...], batch_invariant: bool = False) -> None:
     """Compiles all that these cases run, several at once."""
     arch = jit.arch_of(torch.device(device))
     jit.build_all(
         jit.needed(
-            jit.Spec(arch, dtype, c.head_dim, c.head_dim_vo or c.head_dim, parse(c.variant))
+            jit.Spec(arch, dtype, c.head_dim, c.head_dim_vo or c.head_dim, parse(c.variant), batch_invariant)
             for c in cases
             for dtype in dtypes
         )

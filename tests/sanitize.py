@@ -35,6 +35,7 @@ CASES = [
     replace(SMALL, q_lens=(7,) * 3, kv_lens=(7, 200, 66), head_dim=128, q_heads=8, variant="CAUSAL+TREE"),
     replace(SMALL, head_dim=256, layout="HND", table="csr"),
     replace(SMALL, head_dim=192, head_dim_vo=128, variant="FULL"),
+    Case((40, 1), (2100, 2100), q_heads=4, kv_heads=1),  # batch invariant: chunks joined in the kernel
 ]
 
 
@@ -63,7 +64,8 @@ def main() -> None:
     if unknown := set(tools) - set(TOOLS):
         raise SystemExit(f"expected tools among {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    checks.build(CASES, "cuda", ("bf16", "f16"))
+    for batch_invariant in (False, True):
+        checks.build(CASES, "cuda", ("bf16", "f16"), batch_invariant)
     # torch's allocator hides allocations from memcheck and initcheck
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     exercise_command = [sys.executable, __file__, "--exercise"]

@@ -70,10 +70,6 @@ def test_bitwise_repeatable(case: Case) -> None:
     checks.check_repeats(case, "cuda")
 
 
-def test_batch_invariant_rows_do_not_depend_on_their_neighbours() -> None:
-    checks.check_batch_invariance(replace(LONG, q_heads=8), "cuda")
-
-
 @pytest.mark.parametrize("variant", ["CAUSAL", "CAUSAL+WINDOW+SINKS"])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_lengths_below_the_planned_ones(variant: str, batch_invariant: bool) -> None:

@@ -45,6 +45,12 @@ def test_header_holds_configuration_only() -> None:
     assert "fi::Compose<fi::Causal, fi::Tree>" in text
 
 
+def test_batch_invariant_builds_are_their_own() -> None:
+    normal, invariant = (jit.Spec(0, "f32", 8, 8, CAUSAL, batch_invariant=b) for b in (False, True))
+    assert "kBatchInvariant = false" in normal.header() and "kBatchInvariant = true" in invariant.header()
+    assert jit.library(normal).name + "-invariant" == jit.library(invariant).name
+
+
 @pytest.mark.parametrize(
     ("make_it", "message"),
     [

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import (
     FIRST,
+    WIDE,
     Setup,
     arrays,
     batch_of,
@@ -141,6 +142,19 @@ def test_batch_invariance(s: Setup, rest: Setup, place: int) -> None:
     assert pieces(alone.items, 0) == pieces(together.items, at)
 
 
+@given(setups(batch_invariant=True, tile_kv=1))
+@quick
+def test_invariant_items_are_wide_and_chunked_by_position(s: Setup) -> None:
+    """Whole row tiles of many rows; those of a narrow tile in chunks of their own keys. One code for all."""
+    chunk = cost_model().chunk_tiles * s.tile_kv
+    for request, _, _, begin, end, slot, flags, _ in arrays(s.planner().plan(s.batch())).items.tolist():
+        assert flags & WIDE
+        if s.q_lens[request] * s.group <= s.q_narrow:
+            assert begin // chunk == max(end - 1, begin) // chunk
+        else:
+            assert slot == -1 and flags & FIRST
+
+
 def test_workspace_is_exact_and_knows_no_group() -> None:
     tiles = Tiles(q_wide=64, q_narrow=16, kv=64, workers=264)
     llama = {
@@ -159,7 +173,8 @@ def test_workspace_is_exact_and_knows_no_group() -> None:
     decode = Planner(q_heads=32, **(llama | {"max_tokens": 256}))
     assert decode.plan_bytes + decode.workspace_bytes < 20e6  # 256 requests, any context length
     invariant = Planner(q_heads=32, batch_invariant=True, max_kv_len=40960, **llama)
-    assert invariant.partial_o.shape == (256 * 8 * 40960 // 2048 * 16 + 264 * 64, 128)
+    rows = 256 * 8 * 40960 // 2048 * 16 + 264 * 64  # of chunked decodes, and of what each worker works on
+    assert invariant.partial_o.shape == (rows, 128) and invariant.workspace_bytes == rows * (128 + 2) * 4
 
 
 def test_workspace_bound_is_reached() -> None:

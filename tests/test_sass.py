@@ -18,10 +18,12 @@ from fi_backend.variants import parse
 ARCHES = (80, 90)
 LARGEST = ("bf16", 64, 64, "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS")
 TREE = ("bf16", 128, 128, "CAUSAL+TREE")  # what speculation asks for
+INVARIANT = [("bf16", d, d, "CAUSAL") for d in (64, 128, 256)]
 SPECS = [
-    jit.Spec(arch, dtype, qk, vo, parse(variant))
+    jit.Spec(arch, dtype, qk, vo, parse(variant), batch_invariant)
     for arch in ARCHES
-    for dtype, qk, vo, variant in [*COMMON, LARGEST, TREE]
+    for batch_invariant, wanted in ((False, [*COMMON, LARGEST, TREE]), (True, INVARIANT))
+    for dtype, qk, vo, variant in wanted
 ]
 
 

@@ -34,7 +34,9 @@ template <int kRows>
 __device__ __forceinline__ void load_queries(int thread, uint32_t smem_q, const AttentionParams& p,
                                              const Task& task) {
   const Element* q = static_cast<const Element*>(p.q);
-  for (int index = thread; index < kRows * LayoutQk::kChunks; index += kThreads) {
+  int rows = kRows;
+  if constexpr (kBatchInvariant) rows = min(rows, (task.end - task.begin + 15) / 16 * 16);  // those computed
+  for (int index = thread; index < rows * LayoutQk::kChunks; index += kThreads) {
     int row = index / LayoutQk::kChunks, chunk = index % LayoutQk::kChunks;
     int packed = min(task.begin + row, task.end - 1);
     const Element* src = q + (task.q_first + task.token_of(p, packed)) * p.q_token +

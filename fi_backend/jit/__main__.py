@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim-vo", type=int, help="head dim of V, default --head-dim")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=["bf16", "f16"], help="default bf16")
     parser.add_argument("--variant", nargs="+", default=["CAUSAL"], help="like CAUSAL+WINDOW, default CAUSAL")
+    parser.add_argument("--batch-invariant", action="store_true", help="for Planner(batch_invariant=True)")
     parser.add_argument("--fail-on-spill", action="store_true", help="exit 1 if a kernel spills registers")
     parser.add_argument("--jobs", type=int, help="compilers at once, default one per CPU")
     parser.set_defaults(run=_compile)
@@ -89,7 +91,9 @@ def _compile(args: argparse.Namespace) -> int:
         ]
     )
     arches = [_arch(a) for a in args.arch.split(",")]
-    specs = [jit.Spec(a, t, qk, vo, parse(v)) for a in arches for t, qk, vo, v in wanted]
+    specs = [
+        jit.Spec(a, t, qk, vo, parse(v), args.batch_invariant) for a in arches for t, qk, vo, v in wanted
+    ]
     libs = [lib for lib in jit.needed(specs) if lib.name != "core"]
     start = time.perf_counter()
     folders = jit.build_all(libs, args.jobs)
@@ -126,6 +130,7 @@ def _add_warmup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder with a Hugging Face config.json")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=list(jit.DTYPES.values()), help="default: the model's own")
+    parser.add_argument("--batch-invariant", action="store_true", help="for Planner(batch_invariant=True)")
     parser.add_argument("--jobs", type=int, help="compilers at once, default one per CPU")
     parser.set_defaults(run=_warmup)
 
@@ -133,7 +138,8 @@ def _add_warmup(parser: argparse.ArgumentParser) -> None:
 def _warmup(args: argparse.Namespace) -> int:
     config = args.model / "config.json" if args.model.is_dir() else args.model
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    specs = models.specs(json.loads(config.read_text()), jit.arch_of(device), args.dtype)
+    found = models.specs(json.loads(config.read_text()), jit.arch_of(device), args.dtype)
+    specs = [replace(spec, batch_invariant=args.batch_invariant) for spec in found]
     for spec in specs:
         print(spec)
     start = time.perf_counter()
