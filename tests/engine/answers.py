@@ -152,7 +152,9 @@ def run_engine(
     with log.open("w") as errors:
         code = engine_process.run(command, left, receive, environment, errors)
     if code != 0:
-        results.add(name, {"failed": f"exit code {code}: {engine_process.last_error(log)}"})
+        late = time.monotonic() >= end
+        reason = "stopped, no time left" if late else f"exit code {code}: {engine_process.last_error(log)}"
+        results.add(name, {"failed": reason})
         say(f"{name}: failed, exit code {code}\n{engine_process.last_words(log)}")
 
 

@@ -183,7 +183,7 @@ def server(args: argparse.Namespace) -> Iterator[int]:
     try:
         while not answers(f"{url}/health"):
             if process.poll() is not None:
-                raise RuntimeError(f"the server ended with exit code {process.returncode}")
+                raise SystemExit(f"the server ended with exit code {process.returncode}")
             time.sleep(0.5)
         tell(start_seconds=round(time.monotonic() - begin, 1))
         with urllib.request.urlopen(f"{url}/get_server_info") as reply:
