@@ -131,6 +131,7 @@ class FiAttentionBackend(AttentionBackend):
         if k is not None and save_kv_cache:
             loc = forward_batch.encoder_out_cache_loc if cross else forward_batch.out_cache_loc
             pool.set_kv_buffer(layer, KVWriteLoc(loc, step.swa_loc(loc)), k, v, layer.k_scale, layer.v_scale)
+        q = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)  # Gemma 3 hands over [1, T, q_heads, head_dim]
         swa = getattr(pool, "layers_mapping", {}).get(layer.layer_id, (0, False))[1]
         plain = self._layer(layer, sinks, tree=False)
         plan = step.plan(plain.shape, CROSS if cross else SWA if swa else SELF, q.shape[0])
@@ -148,7 +149,7 @@ class FiAttentionBackend(AttentionBackend):
         kv = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
         attention.run(
             plan,
-            q.view(-1, layer.tp_q_head_num, layer.head_dim),
+            q,
             attention.kv(lambda k, v: fi_backend.KVCache.slots(k, v, plan.batch.page_size), *kv),
             out.view(-1, layer.tp_q_head_num, layer.v_head_dim),
             **tree,
