@@ -97,7 +97,8 @@ class Model:
 
 
 WINDOWED, FULL = "sliding_attention", "full_attention"
-GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": WINDOW, "hidden_activation": "gelu_pytorch_tanh"}
+TANH = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA = {"query_pre_attn_scalar": 64, "sliding_window": WINDOW, **TANH}
 GEMMA2 = {**GEMMA, "attn_logit_softcapping": SOFT_CAP, "final_logit_softcapping": 30.0}
 MODELS = {
     m.name: m
@@ -116,7 +117,8 @@ MODELS = {
             "gemma2-even",  # SGLang gives every second layer the window, whatever layer_types say
             "Gemma2ForCausalLM",
             "gemma2",
-            extra={**GEMMA2, "layer_types": [WINDOWED, FULL]},
+            # and caps final logits by a Triton kernel that the interpreter cannot run
+            extra={**GEMMA2, "layer_types": [WINDOWED, FULL], "final_logit_softcapping": None},
         ),
         Model(
             "gemma3",

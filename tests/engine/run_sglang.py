@@ -1,4 +1,4 @@
-"""A process that serves jobs with SGLang on the CPU, one engine after another, and prints one line of JSON.
+"""A process that serves jobs with SGLang on the CPU, one engine after another: a line of JSON for each.
 
 Input (stdin): [{"name", "model", "engine": {}, "rounds": [{"prompts": [ids, ...], "n": answers of each}],
 "max_tokens", "layer"}]. Each round is one batch on the same engine. "layer" overrides attributes of the
@@ -105,11 +105,12 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    results = {}
     for job in json.load(sys.stdin):
-        results[job["name"]] = serve(job)
-        print(f"{job['name']}: {results[job['name']]['seconds']} s", file=sys.stderr, flush=True)
-    print(MARK + json.dumps(results), flush=True)
+        result = serve(
+            job
+        )  # a scheduler that fails kills this process: what was served before is out by then
+        print(f"{job['name']}: {result['seconds']} s", file=sys.stderr, flush=True)
+        print(MARK + json.dumps({job["name"]: result}), flush=True)
 
 
 if __name__ == "__main__":
