@@ -34,7 +34,6 @@ def words_of_branches(
     Its query tokens are the branches' last ones. Returns int64 [requests * branches * slots]: the words of a
     request's query tokens are the last of its words.
     """
-    seen = (1 << used) - 1
-    words = [0] * (branches * slots)
-    words[-branches:] = [seen << (b * slots) for b in range(branches)]
-    return torch.tensor(words, device=device).repeat(requests)
+    words = torch.zeros(requests, branches * slots, dtype=torch.int64, device=device)
+    words[:, -branches:] = ((1 << used) - 1) << torch.arange(0, branches * slots, slots, device=device)
+    return words.flatten()
