@@ -73,7 +73,8 @@ def run_step(
         page_size=case.page_size,
     )
     q = torch.cat([inputs.q[begin:end] for begin, end in step.spans])
-    part = replace(inputs, q=q, batch=batch, out=q.new_empty(q.shape), lse=inputs.lse.new_empty(q.shape[:2]))
+    part = replace(inputs, q=q, batch=batch, out=q.new_empty(*q.shape[:2], inputs.out.shape[2]))
+    part.lse = inputs.lse.new_empty(q.shape[:2])
     planner = checks.planner_for(
         part,
         step.workers,
