@@ -203,7 +203,7 @@ ALIBI = Variant(
 SINKS = Variant(
     Feature("SINKS", "fi::Sinks", (Argument("sinks", "tensor"),), sink=lambda *, sinks, **_: sinks)
 )
-# Speculative token trees: the last tree_tokens keys of every request are its tree, with a word each, tree_mask
+# Speculative token trees: the last tree_tokens keys of a request are its tree, with a word each in tree_mask
 # [requests * tree_tokens]: bit j of a query token's word says that it sees the j-th of them. Keys before the
 # tree are visible to all, and query tokens before it see everything. With CAUSAL, where a parent comes before
 # its children. A window counts keys as they lie in the cache, not along the tree.
