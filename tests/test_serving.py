@@ -18,6 +18,9 @@ from checks import compare, planner_for
 from fi_backend import KVCache, Planner, jit, serving
 from fi_backend.serving import announce, kernels, plans, refuse
 from fi_backend.serving.layer import AttentionLayer
+from fi_backend.serving.shapes import Lengths
+from fi_backend.serving.tables import behind_encoder, windowed_pool
+from fi_backend.serving.tree import words_of_branches, words_of_mask
 from fi_backend.variants import parse
 
 FOLDER = Path(str(serving.__file__)).parent
@@ -244,3 +247,50 @@ def test_the_device_is_never_read() -> None:
     for path in FOLDER.glob("*.py"):
         found = re.findall(r"\.cpu\(\)|\.item\(\)|\.tolist\(\)|synchronize", path.read_text())
         assert not found, f"{path.name}: {found}"
+
+
+def test_an_old_engine_is_named() -> None:
+    announce.require("torch", (2, 0))
+    with pytest.raises(RuntimeError, match=r"expected torch 999\.0 or newer, got \d"):
+        announce.require("torch", (999, 0))
+
+
+def entries(batch: Any, request: int, first: int, last: int) -> list[int]:
+    start = int(batch.starts[request]) * batch.start_stride
+    flat = batch.table.flatten()
+    return [int(flat[start + p * batch.entry_step]) for p in range(first, last)]
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_windowed_pool_holds_the_pages_in_reach(page_size: int) -> None:
+    slots = torch.arange(40, 120, dtype=torch.int32).view(2, 40)
+    slot_map = torch.arange(120).flip(0) // page_size * page_size
+    lengths = Lengths.ragged(torch.tensor([39, 9], dtype=torch.int32), torch.tensor([3, 1]), 3)
+    batch = windowed_pool(lengths, slots, torch.tensor([1, 0]), page_size, 8, slot_map)
+    assert batch.page_size == page_size and batch.table.numel() <= 2 * ((8 + 3) // page_size + 2)
+    for request, (row, begin, end) in enumerate([(1, 39 - 3 - 7, 39), (0, 9 - 1 - 7, 9)]):
+        pages = range(begin // page_size, -(-end // page_size))
+        wanted = [int(slot_map[slots[row, p * page_size]]) for p in pages]
+        assert entries(batch, request, pages.start, pages.stop) == wanted
+
+
+def test_keys_behind_an_encoder() -> None:
+    slots = torch.arange(80, dtype=torch.int32).view(2, 40)
+    lengths, encoder = Lengths.uniform(torch.tensor([5, 7], dtype=torch.int32), 1), torch.tensor([11, 30])
+    rows = torch.tensor([1, 0])
+    own, cross = (behind_encoder(lengths, slots, rows, encoder, c) for c in (False, True))
+    assert entries(own, 0, 0, 5) == list(range(51, 56)) and entries(own, 1, 0, 7) == list(range(30, 37))
+    assert cross.kv_len.tolist() == [11, 30] and entries(cross, 0, 0, 11) == list(range(40, 51))
+
+
+def test_words_of_trees() -> None:
+    seq_lens = torch.tensor([2, 0])
+    masks = [[[1, 1, 1, 0], [1, 1, 1, 1]], [[1, 0], [0, 1]]]
+    flat = torch.tensor([bit for mask in masks for row in mask for bit in row], dtype=torch.bool)
+    assert words_of_mask(flat, seq_lens, 2).tolist() == [1, 3, 1, 2]
+    padded = words_of_mask(flat, torch.tensor([2, 0, 9]), 2)  # the last request lies past the mask's end
+    assert padded[:4].tolist() == [1, 3, 1, 2]
+    with pytest.raises(NotImplementedError, match="a tree of 1 to 64 draft tokens, got 65"):
+        words_of_mask(flat, seq_lens, 65)
+    words = words_of_branches(2, branches=2, slots=3, used=2, device=torch.device("cpu"))
+    assert words.tolist() == 2 * [0, 0, 0, 0, 0b011, 0b011000]

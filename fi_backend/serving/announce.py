@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 
 from .. import env
 
@@ -16,6 +18,13 @@ def announce(engine: str, register: Callable[[], str]) -> None:
     except Exception as error:
         line = f"fi_backend: not registered with {engine} ({type(error).__name__}: {error})"
     say_once(line)
+
+
+def require(distribution: str, oldest: tuple[int, ...]) -> None:
+    """Raises RuntimeError if an older version of the engine is installed."""
+    found = version(distribution)
+    if tuple(map(int, re.findall(r"\d+", found)[: len(oldest)])) < oldest:
+        raise RuntimeError(f"expected {distribution} {'.'.join(map(str, oldest))} or newer, got {found}")
 
 
 def say_once(line: str) -> None:

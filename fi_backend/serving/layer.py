@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -114,3 +115,25 @@ class AttentionLayer:
     ) -> torch.Tensor:
         """fi_backend.run of this layer. arguments: those that change per call, such as lse and tree_mask."""
         return run(plan, q, kv, out, variant=self.variant, scale=self.scale, **self._args, **arguments)
+
+
+class Layers:
+    """The layers of one model, each made when it is first asked for.
+
+    describe: an engine's layer -> keywords of AttentionLayer; options: those that all layers share.
+    """
+
+    def __init__(self, describe: Callable[[Any], dict[str, Any]], **options: Any) -> None:
+        self._describe, self._options = describe, options
+        self._made: WeakKeyDictionary[Any, dict[tuple[bool, bool], AttentionLayer]] = WeakKeyDictionary()
+
+    def get(self, key: Any, sinks: torch.Tensor | None = None, tree: bool = False) -> AttentionLayer:
+        """key: the engine's layer. sinks: copied in every call, as weights may be loaded again."""
+        made = self._made.setdefault(key, {})
+        found = made.get((sinks is not None, tree))
+        if found is None:
+            options = {**self._describe(key), **self._options}
+            found = made[sinks is not None, tree] = AttentionLayer(sinks=sinks, tree=tree, **options)
+        elif sinks is not None:
+            found.load_sinks(sinks)
+        return found

@@ -52,6 +52,13 @@ def check_layer(
         refuse(f"expected float16 or bfloat16{', or float32' if on_cpu else ''}, got {dtype}")
 
 
+def check_device(device: torch.device | str) -> None:
+    """A GPU that no kernel is compiled for. For engines that do not ask by themselves."""
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and (found := torch.cuda.get_device_capability()[0]) < MIN_CAPABILITY:
+        refuse(f"expected a GPU of compute capability {MIN_CAPABILITY}.x or newer, got {found}.x")
+
+
 def check_cache_dtype(cache: torch.dtype, model: torch.dtype) -> None:
     if cache != model:
         refuse(f"expected a KV cache of the model's dtype {model}, got {cache}")

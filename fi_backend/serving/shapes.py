@@ -1,4 +1,4 @@
-"""Planners by shape: for engines whose layers differ, and whose batches have no one capacity."""
+"""Plans of engines whose layers differ: by shape, for one forward at a time, made when a layer asks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from ..formats import BlockSparse
 from ..plan import Plan, Planner
-from .plans import made
+from .plans import made, workspace
 
 
 class Shape(NamedTuple):
@@ -23,13 +23,17 @@ class Shape(NamedTuple):
 
 
 class Planners:
-    """Planners of one forward at a time, made as they are asked for; `options` are further ones of Planner.
+    """Planners of one forward at a time, made as they are asked for.
 
     Plans of different shapes or tables of one forward live side by side; the next forward overwrites them.
+    max_kv_len: given, plans are batch invariant up to it. overlapping: forwards run beside those of other
+    Planners, so the workspace is not shared.
     """
 
-    def __init__(self, **options: Any) -> None:
-        self._options = options
+    def __init__(self, device: torch.device, *, max_kv_len: int | None, overlapping: bool) -> None:
+        self._options: dict[str, Any] = {"device": device, "workspace": None if overlapping else workspace}
+        if max_kv_len is not None:
+            self._options |= {"batch_invariant": True, "max_kv_len": max_kv_len}
         self._made: dict[tuple[Shape, str], list[Planner]] = {}
         self.at_least = (1, 1)  # requests and tokens that every planner takes, so that graphs share one
 
@@ -55,21 +59,52 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def windowed_token_table(
-    batch: BlockSparse, window: int, longest: int, slot_map: torch.Tensor
-) -> BlockSparse:
-    """A batch over a token table, of which only the pages that a window reaches are copied, through slot_map.
+class Lengths(NamedTuple):
+    """qo_indptr [requests + 1] and kv_len [requests] int32; longest: most query tokens of one, or more."""
 
-    For windowed layers with a cache of their own: slot_map [slots] int64 gives that cache's slot of a token.
-    longest: most query tokens of a request, or an upper bound, which fixes the shape of the copy. Entries
-    before the window do not exist; they are never read.
-    """
-    table, page_size, device = batch.table, batch.page_size, batch.device
-    assert batch.starts is not None
-    first_page = (batch.kv_len - batch.qo_indptr.diff() - window + 1).clamp(min=0) // page_size
-    width = min((window + longest) // page_size + 2, -(-table.shape[1] // page_size))
-    pages = first_page[:, None] + torch.arange(width, dtype=torch.int32, device=device)
-    slots = table[batch.starts[:, None], (pages * page_size).clamp(max=table.shape[1] - 1)]
-    entries = slot_map[slots].int().flatten()
-    starts = torch.arange(0, batch.num_requests * width, width, device=device) - first_page
-    return BlockSparse(batch.qo_indptr, batch.kv_len, entries, starts, 1, 1, True, page_size)
+    qo_indptr: torch.Tensor
+    kv_len: torch.Tensor
+    longest: int
+
+    @classmethod
+    def uniform(cls, kv_len: torch.Tensor, each: int) -> Lengths:
+        """Every request has `each` query tokens."""
+        end = kv_len.shape[0] * each + 1
+        return cls(torch.arange(0, end, each, dtype=torch.int32, device=kv_len.device), kv_len, each)
+
+    @classmethod
+    def ragged(cls, kv_len: torch.Tensor, q_len: torch.Tensor, longest: int) -> Lengths:
+        """q_len [requests], integers: query tokens of each request."""
+        qo_indptr = torch.zeros(kv_len.shape[0] + 1, dtype=torch.int32, device=kv_len.device)
+        torch.cumsum(q_len, 0, out=qo_indptr[1:])
+        return cls(qo_indptr, kv_len, longest)
+
+
+class Forward:
+    """The plans of one forward. An adapter's subclass says what its engine's batch looks like."""
+
+    def __init__(self, planners: Planners) -> None:
+        self._planners = planners
+        self.restart()
+
+    def restart(self) -> None:
+        """The next layer computes all anew: the warm-up and the capture of a graph are two forwards."""
+        self._plans: dict[tuple[Shape, str], Plan] = {}
+        self._lengths: Lengths | None = None
+
+    def plan(self, shape: Shape, table: str, tokens: int) -> Plan:
+        """tokens: query tokens of the calling layer. table: the adapter's name for whose keys it reads."""
+        found = self._plans.get((shape, table))
+        if found is None:
+            if self._lengths is None:
+                self._lengths = self.lengths(tokens)
+            batch = self.batch_over(table, self._lengths, shape.window)
+            found = self._plans[shape, table] = self._planners.plan(shape, table, batch, tokens)
+        return found
+
+    def lengths(self, tokens: int) -> Lengths:
+        """Of the decoder's own keys."""
+        raise NotImplementedError
+
+    def batch_over(self, table: str, lengths: Lengths, window: int | None) -> BlockSparse:
+        raise NotImplementedError

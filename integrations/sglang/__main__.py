@@ -1,8 +1,6 @@
-"""Run a module of SGLang with the plugins loaded before it reads its arguments.
+"""Run a module of SGLang that loads no plugins before it reads its arguments, such as bench_one_batch:
 
 python -m fi_backend.sglang sglang.bench_one_batch --model-path FOLDER --attention-backend fi ...
-
-Needed by those that load no plugins themselves (bench_one_batch) or too late (bench_offline_throughput).
 """
 
 from __future__ import annotations

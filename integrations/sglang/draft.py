@@ -25,11 +25,10 @@ class FiDraftBackend:
     needs_cpu_seq_lens = False
 
     def __init__(self, runner: Any, topk: int, steps: int) -> None:
-        if topk > 1 and (runner.page_size > 1 or topk * steps > MAX_TOKENS):
-            refuse(
-                f"expected page size 1 and at most {MAX_TOKENS} draft slots a request, "
-                f"got page size {runner.page_size} and {topk} branches of {steps} steps"
-            )
+        if topk > 1 and runner.page_size > 1:
+            refuse(f"expected page size 1 with {topk} draft branches, got {runner.page_size}")
+        if topk > 1 and topk * steps > MAX_TOKENS:
+            refuse(f"expected at most {MAX_TOKENS} draft slots a request, got {topk} x {steps}")
         self.attn_backends = [FiAttentionBackend(runner, Draft(i, steps, topk)) for i in range(steps - 1)]
         self.max_context_len = self.attn_backends[0].max_context_len
 

@@ -1,20 +1,16 @@
 """Entry point of the `sglang.srt.plugins` group: makes `--attention-backend fi` a choice.
 
-SGLang calls `register` in every process it starts, also in those that only parse arguments: no CUDA, no
-build.
+SGLang calls `register` in every process that it starts: no CUDA, no build.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
-from fi_backend.serving.announce import announce
+from fi_backend.serving.announce import announce, require
 
 NAME = "fi"
-OLDEST = (0, 5, 16)
 DRAFT_FACTORY = "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend"
 
 
@@ -24,18 +20,13 @@ def register() -> None:
 
 def _add() -> str:
     """Idempotent."""
-    found = version("sglang")
-    if tuple(map(int, re.findall(r"\d+", found)[:3])) < OLDEST:
-        raise RuntimeError(f"expected SGLang {'.'.join(map(str, OLDEST))} or newer, got {found}")
+    require("sglang", (0, 5, 16))
     from sglang.srt import server_args
-    from sglang.srt.layers.attention.attention_registry import (
-        ATTENTION_BACKENDS,
-        register_attention_backend,
-    )
+    from sglang.srt.layers.attention import attention_registry
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    if NAME not in ATTENTION_BACKENDS:
-        register_attention_backend(NAME)(_create)
+    if NAME not in attention_registry.ATTENTION_BACKENDS:
+        attention_registry.register_attention_backend(NAME)(_create)
         server_args.add_attention_backend_choices([NAME])
         server_args.add_deterministic_attention_backend_choices([NAME])
         server_args.add_radix_supported_deterministic_attention_backend_choices([NAME])
