@@ -13,7 +13,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -107,6 +109,9 @@ def check_machine() -> None:
         ) from error
 
 
+_building = threading.Lock()  # two editable installs at once would write the same egg-info
+
+
 def make(env: Environment) -> Path:
     """Bring `env` up to date and return its Python. Raises SetupError with one sentence."""
     check_machine()
@@ -121,8 +126,9 @@ def make(env: Environment) -> Path:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(env.folder)], check=True)
         stamp.write_text("[]")
     for step in todo:
-        title = f"setup {env.steps.index(step) + 1}/{len(env.steps)} {step.label}"
-        _pip(env, title, step.pip)
+        title = f"setup of {env.name} {env.steps.index(step) + 1}/{len(env.steps)}: {step.label}"
+        with _building if "-e" in step.pip else nullcontext():
+            _pip(env, title, step.pip)
         done.append(step.key())
         stamp.write_text(json.dumps(done))
     for distribution in env.distributions:

