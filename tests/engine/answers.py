@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import threading
 import time
@@ -197,3 +198,19 @@ def parser(module: str, engines: list[str], description: str | None) -> argparse
     made.add_argument("--child", help=argparse.SUPPRESS)
     made.add_argument("--tokens", type=Path, help=argparse.SUPPRESS)
     return made
+
+
+def verdicts_for_tests(harness: Any, engines: list[str], folder: Path) -> dict[str, dict[str, object]]:
+    """What gpu_vllm or gpu_sglang finds about these engines. Skips the test if there is no model folder."""
+    import pytest
+
+    # FI_TEST_MODEL: another model folder than the one `./demo` makes
+    default = engine_process.ROOT / ".cache/models/SmolLM2-135M-Instruct"
+    model = Path(os.environ.get("FI_TEST_MODEL") or default)
+    if not (model / "tokenizer.json").exists():
+        pytest.skip(f"no model folder {model}")
+    options = ["--model", str(model), "--out", str(folder / "results.json"), "--minutes", "25"]
+    args = parser(harness.MODULE, list(harness.ENGINES), None).parse_args(options)
+    args.engine = engines
+    found: dict[str, dict[str, object]] = harness.run_all(args).data["verdicts"]
+    return found
