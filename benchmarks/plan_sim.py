@@ -93,7 +93,7 @@ def build(folder: Path) -> ctypes.CDLL:
 
 
 def simulate(library: ctypes.CDLL, workers: int, kind: str) -> Iterator[str]:
-    wide, narrow, kv, *_ = jit.core().plan_tiles(90, 128, 128)
+    wide, narrow, kv, *_ = jit.core().plan_tiles(80, 90, 128, 128)
     tiles = Tiles(wide, narrow, kv, workers)
     for name, q_lens, kv_lens in batches(kind):
         qo_indptr = torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)

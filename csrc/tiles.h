@@ -14,12 +14,14 @@ struct Tiles {
 // Batch invariant: rows are joined from chunks of so many KV tiles, on multiples of them.
 constexpr int32_t kChunkTiles = 32;
 
-constexpr int kArchCpu = 0;
+// Executors, by folder; fi_backend/jit says which one a spec gets.
+constexpr int kRoomCpu = 0, kRoomSm80 = 80, kRoomSm90 = 90;
 
 // arch: 0 for the CPU executor, else 80, 86, 89, 90, ...
-FI_HD constexpr Tiles tiles_for(int arch, int head_dim_qk, int head_dim_vo) {
+FI_HD constexpr Tiles tiles_for(int room, int arch, int head_dim_qk, int head_dim_vo) {
   int widest = head_dim_qk > head_dim_vo ? head_dim_qk : head_dim_vo;
-  if (arch == kArchCpu) return {64, 16, 64, 4};
+  if (room == kRoomCpu) return {64, 16, 64, 4};
+  if (room == kRoomSm90) return {128, 64, widest > 128 ? 64 : 128, 1};  // 64 rows a warpgroup
   if (widest > 128) return {64, 16, 64, 1};    // 16 rows a warp: 32 would not fit the registers
   bool small_smem = arch == 86 || arch == 89;  // 99 KiB a multiprocessor
   return {128, 16, 64, small_smem ? 1 : 2};

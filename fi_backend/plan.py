@@ -28,10 +28,18 @@ class Tiles:
     workers: int
 
     @classmethod
-    def for_device(cls, device: torch.device | str, head_dim_qk: int, head_dim_vo: int) -> Tiles:
+    def for_device(
+        cls,
+        device: torch.device | str,
+        head_dim_qk: int,
+        head_dim_vo: int,
+        batch_invariant: bool = False,
+    ) -> Tiles:
         """What the executor of this device is compiled for: a multiple of its multiprocessors or threads."""
         device = torch.device(device)
-        numbers = jit.core().plan_tiles(jit.arch_of(device), head_dim_qk, head_dim_vo)
+        arch = jit.arch_of(device)
+        room = jit.room_of(arch, head_dim_qk, head_dim_vo, batch_invariant)
+        numbers = jit.core().plan_tiles(room, arch, head_dim_qk, head_dim_vo)
         q_wide, q_narrow, kv, per_unit, most = numbers
         if device.type == "cpu":
             units = torch.get_num_threads()
@@ -142,7 +150,7 @@ class Planner:
         self.max_requests, self.max_tokens, self.max_kv_len = max_requests, max_tokens, max_kv_len
         self.causal, self.window, self.batch_invariant = causal, window, batch_invariant
         self.device = device
-        self.tiles = tiles or Tiles.for_device(device, self.head_dim_qk, self.head_dim_vo)
+        self.tiles = tiles or Tiles.for_device(device, self.head_dim_qk, self.head_dim_vo, batch_invariant)
         self._core: Any = jit.core()
         self._config = tvm_ffi.Shape(
             (

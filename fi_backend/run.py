@@ -29,8 +29,9 @@ class _Runner:
 
 def _runner(planner: Planner) -> _Runner:
     core, arch, tiles = jit.core(), jit.arch_of(planner.device), planner.tiles
+    dims = planner.head_dim_qk, planner.head_dim_vo
     found = (tiles.q_wide, tiles.q_narrow, tiles.kv)
-    compiled = tuple(core.plan_tiles(arch, planner.head_dim_qk, planner.head_dim_vo))[:3]
+    compiled = tuple(core.plan_tiles(jit.room_of(arch, *dims, planner.batch_invariant), arch, *dims))[:3]
     if found != compiled:
         raise ValueError(
             f"expected tiles of {compiled} (q_wide, q_narrow, kv of the compiled executor), got {found}"

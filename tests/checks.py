@@ -18,7 +18,8 @@ ATOL = {"bf16": 1e-4, "f16": 2e-5, "f32": 2e-6}
 
 def planner_for(inputs: Inputs, workers: int | None = None, **changes: Any) -> Planner:
     case, kv = inputs.case, inputs.kv
-    tiles = Tiles.for_device(kv.device, kv.head_dim_qk, kv.head_dim_vo)
+    invariant = changes.get("batch_invariant", False)
+    tiles = Tiles.for_device(kv.device, kv.head_dim_qk, kv.head_dim_vo, invariant)
     if workers is not None:
         tiles = replace(tiles, workers=workers)
     wanted: dict[str, Any] = {

@@ -106,8 +106,8 @@ void plan_on_device(const Shape& numbers, TensorView buffer, TensorView qo_indpt
   call_library(function, error_text, p, buffer.device(), "planner");
 }
 
-Shape tiles_of(int64_t arch, int64_t head_dim_qk, int64_t head_dim_vo) {
-  Tiles t = tiles_for(int(arch), int(head_dim_qk), int(head_dim_vo));
+Shape tiles_of(int64_t room, int64_t arch, int64_t head_dim_qk, int64_t head_dim_vo) {
+  Tiles t = tiles_for(int(room), int(arch), int(head_dim_qk), int(head_dim_vo));
   return {t.q_wide, t.q_narrow, t.kv, t.ctas_per_sm, kMaxWorkers};
 }
 

@@ -37,7 +37,7 @@ void check_config(const PlanConfig& c) {
   require(c.max_tokens * c.group <= kAny - c.tile_q_wide,  // the end of a last tile that is not full
           "expected max_tokens * group of at most ", kAny - c.tile_q_wide, ", got ", c.max_tokens, " * ",
           c.group);
-  // the GPU finds the token of a packed row by a 32-bit reciprocal of the group (sm80/task.cuh)
+  // the GPU finds the token of a packed row by a 32-bit reciprocal of the group (smxx/task.cuh)
   require(c.max_tokens * c.group * c.group < int64_t(1) << 32,
           "expected max_tokens * group^2 below 2^32, got ", c.max_tokens, " * ", c.group, "^2");
 }

@@ -27,7 +27,7 @@ using spec::kHeadDimQk;
 using spec::kHeadDimVo;
 using spec::Variant;
 
-constexpr Tiles kTiles = tiles_for(kArchCpu, kHeadDimQk, kHeadDimVo);
+constexpr Tiles kTiles = tiles_for(FI_ROOM, FI_ARCH, kHeadDimQk, kHeadDimVo);
 constexpr int kRows = kTiles.q_wide, kKeys = kTiles.kv;
 constexpr int kChunk = kChunkTiles * kKeys;
 constexpr int kPadQk = pad(kHeadDimQk, kLanes), kPadVo = pad(kHeadDimVo, 4 * kLanes);

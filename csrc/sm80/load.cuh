@@ -1,6 +1,7 @@
 // Global -> shared: rows of Q, and KV tokens gathered through the page table.
 #pragma once
-#include "task.cuh"
+#include "../smxx/task.cuh"
+#include "traits.cuh"
 
 namespace fi::sm80 {
 

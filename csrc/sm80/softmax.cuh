@@ -1,9 +1,9 @@
 // Online softmax of the query rows a thread holds: rows lane/4 and lane/4 + 8 of each 16-row fragment of its
 // warp.
 #pragma once
+#include "../smxx/task.cuh"
 #include "../state.h"
 #include "mma.cuh"
-#include "task.cuh"
 
 namespace fi::sm80 {
 

@@ -1,33 +1,12 @@
 // Compile-time shape of the sm80 kernel for the spec at hand.
 #pragma once
-#include "../tiles.h"
-#include "fi_spec.h"
+#include "../smxx/spec.cuh"
 #include "ptx.cuh"
 
 namespace fi::sm80 {
 
-#if defined(FI_ELEMENT_BF16)
-using Element = __nv_bfloat16;
-#elif defined(FI_ELEMENT_F16)
-using Element = __half;
-#else
-#error "sm80 takes bf16 or f16"
-#endif
-
-using Args = spec::Args;
-using Variant = spec::Variant;
-using spec::kBatchInvariant;
-
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kDimQk = spec::kHeadDimQk;
-constexpr int kDimVo = spec::kHeadDimVo;
-static_assert(kDimQk % 16 == 0 && kDimVo % 16 == 0, "head dims are multiples of 16");
-
-constexpr Tiles kTiles = tiles_for(FI_ARCH, kDimQk, kDimVo);
-constexpr int kTileKv = kTiles.kv;
-constexpr int kTileQ = kTiles.q_wide;
-constexpr int kChunk = kChunkTiles * kTileKv;           // tokens
 constexpr int kWideFragments = kTileQ / (16 * kWarps);  // 16-row fragments a warp has of a wide tile
 static_assert(kTiles.q_narrow == 16 && kTileQ == 16 * kWarps * kWideFragments && kTileKv == 16 * kWarps,
               "warp layout");

@@ -29,7 +29,7 @@ from ..variants import Variant
 from . import toolchain
 from .toolchain import BuildError, log
 
-CPU = 0  # kArchCpu in csrc/tiles.h
+CPU = 0  # the arch and the room of the CPU executor
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _ELEMENTS = {"bf16": "FI_ELEMENT_BF16", "f16": "FI_ELEMENT_F16", "f32": "FI_ELEMENT_F32"}
 _C_TYPES = {"float": "float", "int": "int32_t"}
@@ -68,6 +68,10 @@ class Spec:
                 f"expected dtype {' or '.join(wanted)} on {arch_name(self.arch)}, got {self.dtype}"
             )
 
+    @property
+    def room(self) -> int:
+        return room_of(self.arch, self.head_dim_qk, self.head_dim_vo, self.batch_invariant)
+
     def __str__(self) -> str:
         dims = f"{self.head_dim_qk}x{self.head_dim_vo}"
         invariant = " batch invariant" if self.batch_invariant else ""
@@ -79,12 +83,21 @@ class Spec:
         members = "".join(f" alignas(8) {t} {a.name};" for t, a in zip(types, self.variant.args, strict=True))
         features = ", ".join(f.functor for f in self.variant.features)
         return (
-            f"// {self}\n#pragma once\n#define FI_ARCH {self.arch}\n#define {_ELEMENTS[self.dtype]} 1\n"
+            f"// {self}\n#pragma once\n#define FI_ARCH {self.arch}\n#define FI_ROOM {self.room}\n"
+            f"#define {_ELEMENTS[self.dtype]} 1\n"
             f'#include "variant.h"\nnamespace fi::spec {{\n'
             f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
             f"constexpr bool kBatchInvariant = {str(self.batch_invariant).lower()};\n"
             f"struct Args {{{members} }};\nusing Variant = fi::Compose<{features}>;\n}}\n"
         )
+
+
+def room_of(arch: int, head_dim_qk: int, head_dim_vo: int, batch_invariant: bool) -> int:
+    """Which executor serves these: the folder of csrc, 0 (cpu), 80 or 90. The planner's tiles follow it."""
+    whole_lines = head_dim_qk % 64 == 0 and head_dim_vo % 64 == 0 and head_dim_vo <= head_dim_qk
+    if arch == 90 and whole_lines and not batch_invariant and env.sm90():
+        return 90
+    return CPU if arch == CPU else 80
 
 
 def arch_name(arch: int) -> str:
@@ -198,8 +211,8 @@ def _nvcc_steps(
 def _gpu_library(spec: Spec) -> Library:
     # a product and a sum fused here and not there, or in one of two unrolled rows, would show in the bits
     more = ["--fmad=false"] if spec.batch_invariant else []
-    identity, steps = _nvcc_steps(["sm80/attention.cu"], spec.arch, *more)
-    return Library(str(spec), _file_name(spec), ("sm80", "smxx"), identity, spec.header(), steps)
+    identity, steps = _nvcc_steps([f"sm{spec.room}/attention.cu"], spec.arch, *more)
+    return Library(str(spec), _file_name(spec), (f"sm{spec.room}", "smxx"), identity, spec.header(), steps)
 
 
 def _smxx_library(arch: int) -> Library:

@@ -1,11 +1,11 @@
 // One work item, made ready by one thread in shared memory. Threads read it there whenever they need it: held
 // in registers it would not fit beside a wide tile.
 #pragma once
-#include "traits.cuh"
+#include "spec.cuh"
 
 #include <new>
 
-namespace fi::sm80 {
+namespace fi::smxx {
 
 // Where a KV token lives; page < 0: outside the keys of this tile, filled with zeros and never read.
 struct TokenPlace {
@@ -91,4 +91,4 @@ struct Task {
   }
 };
 
-}  // namespace fi::sm80
+}  // namespace fi::smxx

@@ -1,0 +1,76 @@
+// Door of the sm90 room: tensor maps of the cache, then the persistent kernel and the merge.
+#include "../smxx/merge.cuh"
+#include "attention.cuh"
+
+#include <cuda_runtime.h>
+
+namespace fi::sm90 {
+
+// Tokens of a box, or 0. Boxes are whole groups of eight swizzled lines, and TMA wants 16-byte strides.
+int32_t box_tokens_for(const KVCache& kv) {
+  bool power_of_two = (kv.page_size & (kv.page_size - 1)) == 0;
+  if (!power_of_two || kv.page_size < 8) return 0;
+  return kv.page_size < kTileKv ? kv.page_size : kTileKv;
+}
+
+// The driver's function, without linking the driver.
+decltype(&cuTensorMapEncodeTiled) map_encoder() {
+  static void* found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                         &result) != cudaSuccess)
+      return static_cast<void*>(nullptr);
+    return function;
+  }();
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+
+cudaError_t make_map(CUtensorMap* map, void* base, int64_t page, int64_t token, int64_t head, int head_dim,
+                     const AttentionParams& p, int32_t box_tokens) {
+  auto encode = map_encoder();
+  if (!encode) return cudaErrorNotSupported;
+  constexpr bool kBf16 = sizeof(Element) == 2 && !std::is_same_v<Element, __half>;
+  auto type = kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  cuuint64_t sizes[4] = {cuuint64_t(head_dim), cuuint64_t(p.kv.page_size), cuuint64_t(p.kv_heads),
+                         cuuint64_t(p.kv.num_pages)};
+  auto bytes = [](int64_t size, int64_t stride) { return size == 1 ? 16 : cuuint64_t(stride) * 2; };
+  cuuint64_t strides[3] = {bytes(sizes[1], token), bytes(sizes[2], head), bytes(sizes[3], page)};
+  cuuint32_t box[4] = {kLine, cuuint32_t(box_tokens), 1, 1}, steps[4] = {1, 1, 1, 1};
+  CUresult result = encode(map, type, 4, base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+}  // namespace fi::sm90
+
+extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_handle) {
+  using namespace fi::sm90;
+  auto stream = static_cast<cudaStream_t>(stream_handle);
+  Params params{};
+  params.attention = *attention;
+  params.box_tokens = box_tokens_for(attention->kv);
+  if (params.box_tokens > 0) {
+    const fi::KVCache& kv = attention->kv;
+    cudaError_t error =
+        make_map(&params.k, kv.k, kv.k_page, kv.k_token, kv.k_head, kDimQk, *attention, params.box_tokens);
+    if (error == cudaSuccess)
+      error =
+          make_map(&params.v, kv.v, kv.v_page, kv.v_token, kv.v_head, kDimVo, *attention, params.box_tokens);
+    if (error != cudaSuccess) return error;
+  }
+  // Per call, not once: the attribute belongs to the current device.
+  cudaError_t error =
+      cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
+  if (error != cudaSuccess) return error;
+  attention_kernel<<<attention->workers, kThreads, kSmemBytes, stream>>>(params);
+  error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  auto merge =
+      fi::smxx::merge_kernel<Element, Variant, Args, kBatchInvariant, kTileQ, kTiles.q_narrow, kDimVo>;
+  merge<<<attention->workers, 32 * fi::smxx::kMergeWarps, 0, stream>>>(*attention);
+  return cudaGetLastError();
+}
+
+extern "C" const char* fi_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

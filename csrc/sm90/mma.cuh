@@ -1,0 +1,31 @@
+// The two products of attention for a warpgroup's 64 rows. They are issued here and run on.
+#pragma once
+#include "softmax.cuh"
+#include "wgmma.cuh"
+
+namespace fi::sm90 {
+
+// s = Q K^T, for the first kTokens rows of a K tile at k
+template <int kTokens>
+__device__ __forceinline__ void issue_scores(Scores<kTokens>& s, uint32_t q, uint32_t k) {
+#pragma unroll
+  for (int step = 0; step < kDimQk / 16; ++step) {
+    int line = step / 4, within = step % 4 * 32;  // bytes
+    uint64_t a = descriptor(q + line * kTileQ * kLineBytes + within, 0, 8 * kLineBytes);
+    uint64_t b = descriptor(k + line * kTileKv * kLineBytes + within, 0, 8 * kLineBytes);
+    Products<kTokens>::ss(s, a, b, step > 0);
+  }
+}
+
+// o += P V, likewise
+template <int kTokens>
+__device__ __forceinline__ void issue_outputs(Output& o, const Probabilities<kTokens>& probabilities,
+                                              uint32_t v) {
+#pragma unroll
+  for (int step = 0; step < kTokens / 16; ++step) {
+    uint64_t b = descriptor(v + step * 16 * kLineBytes, kTileKv * kLineBytes, 8 * kLineBytes);
+    Products<kDimVo>::rs(o, probabilities[step], b);
+  }
+}
+
+}  // namespace fi::sm90

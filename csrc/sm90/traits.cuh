@@ -1,0 +1,47 @@
+// Compile-time shape of the sm90 kernel for the spec at hand.
+#pragma once
+#include "../smxx/spec.cuh"
+
+namespace fi::sm90 {
+
+using namespace smxx;
+
+// One warpgroup of 128 threads loads, two compute.
+constexpr int kGroupThreads = 128;
+constexpr int kConsumers = 2;
+constexpr int kThreads = kGroupThreads * (1 + kConsumers);
+constexpr int kConsumerWarps = 4 * kConsumers;
+constexpr int kGroupRows = 64;  // of a wgmma
+static_assert(kTileQ == kConsumers * kGroupRows && kTiles.q_narrow == kGroupRows, "rows of a warpgroup");
+static_assert(kTileKv <= kGroupThreads, "one producer thread finds one token");
+
+// setmaxnreg: 128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+
+// A tile in shared memory: blocks of 64 columns; in a block each row is one swizzled line of 128 bytes. That
+// is what TMA writes and wgmma reads with 128-byte swizzle.
+constexpr int kLineBytes = 128, kLine = 64;  // elements
+constexpr int kLinesQk = kDimQk / kLine, kLinesVo = kDimVo / kLine;
+static_assert(kDimQk % kLine == 0 && kDimVo % kLine == 0 && kDimVo <= kDimQk, "the rule in fi_backend/jit");
+
+template <int kRows>
+__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {  // chunks of 16 bytes
+  return chunk / 8 * (kRows * kLineBytes) + row * kLineBytes + ((chunk % 8 ^ row % 8) << 4);
+}
+
+constexpr int kQBytes = kTileQ * kLinesQk * kLineBytes;
+constexpr int kKBytes = kTileKv * kLinesQk * kLineBytes;
+constexpr int kVBytes = kTileKv * kLinesVo * kLineBytes;
+constexpr int kSlotBytes = kKBytes;
+
+constexpr int kBlockSmem = 227 * 1024;
+constexpr int kControlBytes = 3072;  // Control in attention.cuh
+constexpr int kQStages = kDimQk <= 128 ? 2 : 1;
+constexpr int kRoom = (kBlockSmem - kControlBytes - kQStages * kQBytes) / kSlotBytes;
+constexpr int kSlots = kRoom < 8 ? kRoom : 8;
+static_assert(kSlots >= 4, "a consumer holds two slots, and two are being filled");
+constexpr int kSmemBytes = kQStages * kQBytes + kSlots * kSlotBytes + kControlBytes;
+// narrow tiles: one warpgroup hands its sums to the other through Q's place
+static_assert(kGroupRows * kDimVo * 4 <= kQBytes, "exchange");
+
+}  // namespace fi::sm90

@@ -1,0 +1,96 @@
+// Products of a warpgroup: 64 rows, k = 16, fp32 sums in registers. B, and A where it is in shared memory,
+// are named by descriptors.
+#pragma once
+#include "traits.cuh"
+
+namespace fi::sm90 {
+
+// Shared memory as wgmma reads it, 128-byte swizzle. stride: bytes from eight lines to the next eight.
+// leading: from 64 columns to the next 64, where columns are the long side of a line (V); otherwise unused.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading, int stride) {
+  return uint64_t(address >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
+         uint64_t(1) << 62;
+}
+
+// Before the first product that reads registers which others wrote.
+__device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void products_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+
+// Waits until at most kPending groups are in flight. The registers are named, or the compiler would read them
+// before.
+template <int kPending, int kRegisters>
+__device__ __forceinline__ void products_wait(float (&d)[kRegisters]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#if defined(FI_ELEMENT_BF16)
+#define FI_TYPES ".f32.bf16.bf16 "
+#else
+#define FI_TYPES ".f32.f16.f16 "
+#endif
+#define FI_D8(i)                                                                              \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FI_D32(i) FI_D8(i), FI_D8(i + 8), FI_D8(i + 16), FI_D8(i + 24)
+#define FI_D_16 FI_D8(0), FI_D8(8)
+#define FI_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FI_D_32 FI_D32(0)
+#define FI_LIST_32                                                                                       \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FI_D_64 FI_D32(0), FI_D32(32)
+#define FI_LIST_64                                                                                       \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
+  "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+  "%62, %63"
+#define FI_D_96 FI_D32(0), FI_D32(32), FI_D32(64)
+#define FI_LIST_96                                                                                       \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
+  "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+  "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FI_D_128 FI_D32(0), FI_D32(32), FI_D32(64), FI_D32(96)
+#define FI_LIST_128                                                                                      \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
+  "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+  "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "     \
+  "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "     \
+  "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+template <int kColumns>
+struct Products;
+
+// ss: d = a b (+ d), a and b rows of whole lines. rs: a in registers, b transposed: its lines are columns.
+#define FI_PRODUCTS(COLUMNS, REGISTERS, A0, A1, A2, A3, A4)                                                  \
+  template <>                                                                                                \
+  struct Products<COLUMNS> {                                                                                 \
+    __device__ __forceinline__ static void ss(float (&d)[REGISTERS], uint64_t a, uint64_t b, int add) {      \
+      asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" A2                                               \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16" FI_TYPES "{" FI_LIST_##REGISTERS \
+                   "}, %" A0 ", %" A1 ", add, 1, 1, 0, 0;\n}\n"                                              \
+                   : FI_D_##REGISTERS                                                                        \
+                   : "l"(a), "l"(b), "r"(add));                                                              \
+    }                                                                                                        \
+    __device__ __forceinline__ static void rs(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b) {   \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16" FI_TYPES "{" FI_LIST_##REGISTERS       \
+                   "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", 1, 1, 1, 1;\n"                         \
+                   : FI_D_##REGISTERS                                                                        \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                    \
+    }                                                                                                        \
+  };
+FI_PRODUCTS(32, 16, "16", "17", "18", "19", "20")
+FI_PRODUCTS(64, 32, "32", "33", "34", "35", "36")
+FI_PRODUCTS(128, 64, "64", "65", "66", "67", "68")
+FI_PRODUCTS(192, 96, "96", "97", "98", "99", "100")
+FI_PRODUCTS(256, 128, "128", "129", "130", "131", "132")
+#undef FI_PRODUCTS
+
+}  // namespace fi::sm90

@@ -1,0 +1,42 @@
+// Finished rows to the output (tile not split) or to the partial state of the item's slot.
+#pragma once
+#include "../state.h"
+#include "task.cuh"
+
+namespace fi::smxx {
+
+// Where one packed row goes; it is finished when no merge follows.
+struct RowTarget {
+  float factor;
+  Element* out;    // null: partial state
+  float* partial;  // fp32, normalised
+
+  __device__ RowTarget(const AttentionParams& p, const Args& args, const Task& task, int packed, float sum,
+                       float max_log2, bool leader) {
+    State row_state{max_log2, sum};
+    if (task.slot >= 0) {
+      int64_t state = int64_t(task.slot) * p.partial_rows + packed - task.begin;
+      out = nullptr;
+      partial = p.partial_o + state * kDimVo;
+      if (leader) p.partial_lse[state] = row_state.lse();
+      factor = row_state.inverse();
+    } else {
+      int head = task.head_of(p, packed);
+      int64_t row = task.q_first + task.token_of(p, packed);
+      factor = row_state.finish<Variant>(args, head);
+      out = static_cast<Element*>(p.out) + row * p.o_token + head * p.o_head;
+      partial = nullptr;
+      if (leader && p.lse) p.lse[row * (p.kv_heads * p.group) + head] = row_state.lse() * kLn2;
+    }
+  }
+
+  __device__ __forceinline__ void store2(int column, float x, float y) const {
+    if (out) {
+      *reinterpret_cast<uint32_t*>(out + column) = pack2<Element>(x * factor, y * factor);
+    } else {
+      *reinterpret_cast<float2*>(partial + column) = make_float2(x * factor, y * factor);
+    }
+  }
+};
+
+}  // namespace fi::smxx
