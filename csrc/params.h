@@ -92,6 +92,9 @@ struct AttentionParams {
   int32_t group;                                            // query heads per KV head
   float scale;                                              // natural units: logit = scale * q.k
   alignas(8) unsigned char variant_args[kMaxVariantBytes];  // the generated struct Args
+  // [items + merges, 2] begin and end of each, nanoseconds of one clock; read in builds with kProfile alone,
+  // otherwise null. Last: kernels find the other fields by their offsets.
+  uint64_t* profile;
 };
 
 // KV append: token i goes to slot_mapping[i] (= page * page_size + offset); negative: skipped.

@@ -23,11 +23,12 @@ class _Runner:
     gpu: int | None  # index; None: the CPU
     scale: float
     debug: bool
+    profile: bool
     call: Any
     executors: dict[tuple[Variant, torch.dtype], jit.Executor]
 
 
-def _runner(planner: Planner) -> _Runner:
+def make_runner(planner: Planner, profile: bool = False) -> _Runner:
     core, arch, tiles = jit.core(), jit.arch_of(planner.device), planner.tiles
     dims = planner.head_dim_qk, planner.head_dim_vo
     found = (tiles.q_wide, tiles.q_narrow, tiles.kv)
@@ -37,12 +38,12 @@ def _runner(planner: Planner) -> _Runner:
             f"expected tiles of {compiled} (q_wide, q_narrow, kv of the compiled executor), got {found}"
         )
     gpu = planner.device.index if planner.device.type == "cuda" else None
-    runner = _Runner(arch, gpu, planner.head_dim_qk**-0.5, env.debug(), core.run, {})
+    runner = _Runner(arch, gpu, planner.head_dim_qk**-0.5, env.debug(), profile, core.run, {})
     planner.__dict__["_runner"] = runner
     return runner
 
 
-def _bind(plan: Plan) -> torch.Tensor:
+def bind(plan: Plan, profile: torch.Tensor | None = None) -> torch.Tensor:
     """The plan as C++ sees it: a BoundPlan, raw pointers into tensors that the plan keeps alive."""
     planner, batch, core = plan.planner, plan.batch, jit.core()
     storage = torch.empty(core.bound_bytes(), dtype=torch.uint8, device="cpu")
@@ -70,6 +71,7 @@ def _bind(plan: Plan) -> torch.Tensor:
         planner.group,
         planner.head_dim_qk,
         planner.head_dim_vo,
+        profile,
     )
     plan.__dict__["_bound"] = storage  # a cache: the plan itself stays frozen
     return storage
@@ -89,7 +91,7 @@ def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtyp
     if dtype not in jit.DTYPES:
         raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
     dims = planner.head_dim_qk, planner.head_dim_vo
-    spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, planner.batch_invariant)
+    spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, planner.batch_invariant, runner.profile)
     found = runner.executors[variant, dtype] = jit.executor(spec)
     return found
 
@@ -118,7 +120,7 @@ def run(
     or launched.
     """
     planner = plan.planner
-    runner = planner.__dict__.get("_runner") or _runner(planner)
+    runner = planner.__dict__.get("_runner") or make_runner(planner)
     if runner.gpu is not None and runner.gpu != torch.cuda.current_device():
         with torch.cuda.device(runner.gpu):  # a launch goes to the current device, whatever its stream's
             return run(plan, q, kv, out, variant=variant, scale=scale, lse=lse, **variant_args)
@@ -149,7 +151,7 @@ def run(
         scale = runner.scale
     storage = plan.__dict__.get("_bound")
     if storage is None:
-        storage = _bind(plan)
+        storage = bind(plan)
     runner.call(storage, executor.attention, executor.error, q, kv.k, kv.v, out, lse, scale, args)
     return out
 

@@ -51,6 +51,12 @@ def test_batch_invariant_builds_are_their_own() -> None:
     assert jit.library(normal).name + "-invariant" == jit.library(invariant).name
 
 
+def test_profiling_builds_are_their_own() -> None:
+    normal, profile = (jit.Spec(0, "f32", 8, 8, CAUSAL, profile=p) for p in (False, True))
+    assert "kProfile = false" in normal.header() and "kProfile = true" in profile.header()
+    assert jit.library(normal).name + "-profile" == jit.library(profile).name
+
+
 @pytest.mark.parametrize(
     ("make_it", "message"),
     [

@@ -18,11 +18,16 @@ from fi_backend.variants import parse
 ARCHES = (80, 90)
 LARGEST = ("bf16", 64, 64, "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS")
 TREE = ("bf16", 128, 128, "CAUSAL+TREE")  # what speculation asks for
-INVARIANT = [("bf16", d, d, "CAUSAL") for d in (64, 128, 256)]
+SQUARE = [("bf16", d, d, "CAUSAL") for d in (64, 128, 256)]
 SPECS = [
-    jit.Spec(arch, dtype, qk, vo, parse(variant), batch_invariant)
+    jit.Spec(arch, dtype, qk, vo, parse(variant), batch_invariant, profile)
     for arch in ARCHES
-    for batch_invariant, wanted in ((False, [*COMMON, LARGEST, TREE]), (True, INVARIANT))
+    for batch_invariant, profile, wanted in (
+        (False, False, [*COMMON, LARGEST, TREE]),
+        (True, False, SQUARE),
+        (False, True, SQUARE),
+        (True, True, SQUARE),
+    )
     for dtype, qk, vo, variant in wanted
 ]
 
@@ -72,3 +77,4 @@ def test_instructions(spec: jit.Spec) -> None:
     assert re.search(r"LDGSTS\.E\S*\.128", sass), "no 16-byte asynchronous copy"
     local = re.findall(r"\b(?:LDL|STL)\b\S*", sass)
     assert not local, f"local memory in use: {len(local)} accesses"
+    assert ("SR_GLOBALTIMER" in sass) == spec.profile, "clocks are read in profiling builds alone"

@@ -78,7 +78,7 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
           const TensorView& items, const TensorView& merges, const TensorView& partial_o,
           const TensorView& partial_lse, const Optional<TensorView>& partial_sum, int64_t partial_rows,
           int64_t worker_state, int64_t workers, int64_t kv_heads, int64_t group, int64_t head_dim_qk,
-          int64_t head_dim_vo) {
+          int64_t head_dim_vo, const Optional<TensorView>& profile) {
   bound = BoundPlan{};
   bound.device = header.device();
   bound.page_size = int32_t(batch.page_size);
@@ -114,6 +114,7 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
   bound.params.workers = int32_t(workers);
   bound.params.kv_heads = int32_t(kv_heads);
   bound.params.group = int32_t(group);
+  bound.params.profile = profile.has_value() ? reinterpret_cast<uint64_t*>(data_of(*profile)) : nullptr;
 }
 
 void run(const BoundPlan& bound, int64_t function, int64_t error_text, const TensorView& q,

@@ -9,6 +9,7 @@
 #include "state.h"
 #include "tile_math.h"
 #include "tiles.h"
+#include "timer.h"
 #include "variant.h"
 
 namespace fi::cpu {
@@ -25,6 +26,7 @@ using spec::Args;
 using spec::kBatchInvariant;
 using spec::kHeadDimQk;
 using spec::kHeadDimVo;
+using spec::kProfile;
 using spec::Variant;
 
 constexpr Tiles kTiles = tiles_for(FI_ROOM, FI_ARCH, kHeadDimQk, kHeadDimVo);
@@ -279,6 +281,7 @@ void run(const AttentionParams& p) {
     for (int32_t worker = 0; worker < p.workers; ++worker) {
       for (int32_t n = p.worker_indptr[worker]; n < p.worker_indptr[worker + 1]; ++n) {
         const WorkItem& w = p.items[n];
+        ItemTimer<kProfile>::start(p, n);
         load_rows(p, args, w, tile);
         if constexpr (kBatchInvariant) {
           attend_in_chunks(p, args, w, worker, tile);
@@ -286,10 +289,15 @@ void run(const AttentionParams& p) {
           attend(p, args, w, range_of(w, tile), tile);
           store(p, args, w, tile);
         }
+        ItemTimer<kProfile>::stop(p, n);
       }
     }
 #pragma omp for schedule(dynamic, 1)
-    for (int32_t n = 0; n < p.header->merges; ++n) merge(p, args, p.merges[n]);
+    for (int32_t n = 0; n < p.header->merges; ++n) {
+      ItemTimer<kProfile>::start(p, p.header->items + n);
+      merge(p, args, p.merges[n]);
+      ItemTimer<kProfile>::stop(p, p.header->items + n);
+    }
   }
 }
 

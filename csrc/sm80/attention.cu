@@ -15,8 +15,8 @@ extern "C" int fi_attention(const fi::AttentionParams* params, void* stream_hand
   attention_kernel<<<params->workers, kThreads, kSmemBytes, stream>>>(*params);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  auto merge =
-      fi::smxx::merge_kernel<Element, Variant, Args, kBatchInvariant, kTileQ, kTiles.q_narrow, kDimVo>;
+  auto merge = fi::smxx::merge_kernel<Element, Variant, Args, kBatchInvariant, kProfile, kTileQ,
+                                      kTiles.q_narrow, kDimVo>;
   merge<<<params->workers, 32 * fi::smxx::kMergeWarps, 0, stream>>>(*params);
   return cudaGetLastError();
 }

@@ -172,7 +172,11 @@ __global__ void __launch_bounds__(kThreads, kTiles.ctas_per_sm)
       int i = *smem.cursor;
       bool left = i < p.worker_indptr[blockIdx.x + 1];
       *smem.cursor = left ? i + 1 : -1;
-      if (left) new (smem.task) Task(p, args, p.items[i]);
+      if (i > p.worker_indptr[blockIdx.x]) ItemTimer<kProfile>::stop(p, i - 1);
+      if (left) {
+        ItemTimer<kProfile>::start(p, i);
+        new (smem.task) Task(p, args, p.items[i]);
+      }
     }
     __syncthreads();
     if (*smem.cursor < 0) return;

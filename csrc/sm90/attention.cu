@@ -68,7 +68,7 @@ extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_h
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
   auto merge =
-      fi::smxx::merge_kernel<Element, Variant, Args, kBatchInvariant, kTileQ, kTiles.q_narrow, kDimVo>;
+      fi::smxx::merge_kernel<Element, Variant, Args, kBatchInvariant, kProfile, kTileQ, kTiles.q_narrow, kDimVo>;
   merge<<<attention->workers, 32 * fi::smxx::kMergeWarps, 0, stream>>>(*attention);
   return cudaGetLastError();
 }

@@ -2,6 +2,7 @@
 // timing. One block a merge entry, one warp a row.
 #pragma once
 #include "../state.h"
+#include "../timer.h"
 
 namespace fi::smxx {
 
@@ -81,7 +82,8 @@ __device__ __forceinline__ State join_states(const AttentionParams& p, int begin
   return state;
 }
 
-template <class Element, class Variant, class Args, bool kInOrder, int kTileQ, int kTileQNarrow, int kDimVo>
+template <class Element, class Variant, class Args, bool kInOrder, bool kProfile, int kTileQ,
+          int kTileQNarrow, int kDimVo>
 __global__ void __launch_bounds__(32 * kMergeWarps, 2)
     merge_kernel(const __grid_constant__ AttentionParams p) {
   Args args = *reinterpret_cast<const Args*>(p.variant_args);
@@ -89,6 +91,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2)
   int merges = p.header->merges;
   if (p.header->error) fill_with_nan<Element, kDimVo>(p);
   for (int m = blockIdx.x; m < merges; m += gridDim.x) {
+    if (threadIdx.x == 0) ItemTimer<kProfile>::start(p, p.header->items + m);
     WorkItem item = p.merges[m];
     int q_first = p.batch.qo_indptr[item.request];
     int q_len = p.batch.qo_indptr[item.request + 1] - q_first;
@@ -114,6 +117,8 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2)
         out[column + 3] = Element(o[v].w * factor);
       }
     }
+    if constexpr (kProfile) __syncthreads();  // the last warp is done
+    if (threadIdx.x == 0) ItemTimer<kProfile>::stop(p, p.header->items + m);
   }
 }
 

@@ -1,6 +1,7 @@
 // What a kernel of any room takes from its spec: types, head dims, tile shapes.
 #pragma once
 #include "../tiles.h"
+#include "../timer.h"
 #include "fi_spec.h"
 #include "ptx.cuh"
 
@@ -17,6 +18,7 @@ using Element = __half;
 using Args = spec::Args;
 using Variant = spec::Variant;
 using spec::kBatchInvariant;
+using spec::kProfile;
 
 constexpr int kDimQk = spec::kHeadDimQk;
 constexpr int kDimVo = spec::kHeadDimVo;

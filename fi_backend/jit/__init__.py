@@ -48,7 +48,8 @@ def csrc() -> Path:
 class Spec:
     """One executor build. arch: 0 for the CPU, else 80, 86, ...; dtype: "bf16", "f16", "f32" (CPU only).
 
-    batch_invariant: for plans of a batch invariant planner, and for no others.
+    batch_invariant: for plans of a batch invariant planner, and for no others. profile: writes down when each
+    item and merge begins and ends; for `measure`.
     """
 
     arch: int
@@ -57,6 +58,7 @@ class Spec:
     head_dim_vo: int
     variant: Variant
     batch_invariant: bool = False
+    profile: bool = False
 
     def __post_init__(self) -> None:
         check_head_dims(self.arch, self.head_dim_qk, self.head_dim_vo)
@@ -74,8 +76,8 @@ class Spec:
 
     def __str__(self) -> str:
         dims = f"{self.head_dim_qk}x{self.head_dim_vo}"
-        invariant = " batch invariant" if self.batch_invariant else ""
-        return f"{arch_name(self.arch)} attention {self.dtype} {dims} {self.variant}{invariant}"
+        more = " batch invariant" * self.batch_invariant + " profile" * self.profile
+        return f"{arch_name(self.arch)} attention {self.dtype} {dims} {self.variant}{more}"
 
     def header(self) -> str:
         """The text of fi_spec.h: configuration only."""
@@ -88,6 +90,7 @@ class Spec:
             f'#include "variant.h"\nnamespace fi::spec {{\n'
             f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
             f"constexpr bool kBatchInvariant = {str(self.batch_invariant).lower()};\n"
+            f"constexpr bool kProfile = {str(self.profile).lower()};\n"
             f"struct Args {{{members} }};\nusing Variant = fi::Compose<{features}>;\n}}\n"
         )
 
@@ -224,8 +227,8 @@ def _smxx_library(arch: int) -> Library:
 
 def _file_name(spec: Spec) -> str:
     dims = f"{spec.head_dim_qk}x{spec.head_dim_vo}"
-    invariant = "-invariant" if spec.batch_invariant else ""
-    return f"{arch_name(spec.arch)}-{spec.dtype}-{dims}-{spec.variant}{invariant}".replace("+", "_").lower()
+    more = "-invariant" * spec.batch_invariant + "-profile" * spec.profile
+    return f"{arch_name(spec.arch)}-{spec.dtype}-{dims}-{spec.variant}{more}".replace("+", "_").lower()
 
 
 def library(spec: Spec) -> Library:
