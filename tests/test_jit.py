@@ -247,7 +247,7 @@ def test_compile_reports_registers(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_compile_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compile", "--arch", "seven"]) == 2
-    assert "expected --arch like 8.0,9.0a, got 'seven'" in capsys.readouterr().err
+    assert "expected a compute capability like 8.0 or 9.0a, got 'seven'" in capsys.readouterr().err
     assert main(["compile", "--arch", "7.5"]) == 2
 
 

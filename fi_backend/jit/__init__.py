@@ -13,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -112,6 +113,14 @@ def check_head_dims(arch: int, head_dim_qk: int, head_dim_vo: int) -> None:
     for name, value in (("head_dim", head_dim_qk), ("head_dim_vo", head_dim_vo)):
         if not (0 < value <= 256 and value % step == 0):
             raise ValueError(f"expected {name} to be a multiple of {step} from {step} to 256, got {value}")
+
+
+def parse_arch(text: str) -> int:
+    """ "9.0" or "9.0a" -> 90."""
+    found = re.fullmatch(r"(\d+)\.(\d)a?", text.strip())
+    if not found:
+        raise ValueError(f"expected a compute capability like 8.0 or 9.0a, got {text!r}")
+    return int(found[1]) * 10 + int(found[2])
 
 
 def check_gpu_arch(arch: int) -> None:

@@ -72,13 +72,6 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_compile)
 
 
-def _arch(text: str) -> int:
-    found = re.fullmatch(r"(\d+)\.(\d)a?", text.strip())
-    if not found:
-        raise ValueError(f"expected --arch like 8.0,9.0a, got {text!r}")
-    return int(found[1]) * 10 + int(found[2])
-
-
 def _compile(args: argparse.Namespace) -> int:
     wanted = (
         COMMON
@@ -90,7 +83,7 @@ def _compile(args: argparse.Namespace) -> int:
             for variant in args.variant
         ]
     )
-    arches = [_arch(a) for a in args.arch.split(",")]
+    arches = [jit.parse_arch(a) for a in args.arch.split(",")]
     specs = [
         jit.Spec(a, t, qk, vo, parse(v), args.batch_invariant) for a in arches for t, qk, vo, v in wanted
     ]
