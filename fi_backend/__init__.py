@@ -2,8 +2,20 @@
 
 from . import variants
 from .formats import BlockSparse, KVCache
+from .measure import Times, measure
 from .plan import Plan, Planner, Tiles
 from .run import append, run
 
 __version__ = "0.1.0"
-__all__ = ["BlockSparse", "KVCache", "Plan", "Planner", "Tiles", "append", "run", "variants"]
+__all__ = [
+    "BlockSparse",
+    "KVCache",
+    "Plan",
+    "Planner",
+    "Tiles",
+    "Times",
+    "append",
+    "measure",
+    "run",
+    "variants",
+]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from . import env, jit
 from .formats import BlockSparse
+
+if TYPE_CHECKING:
+    from .measure import Times
 
 _ITEM_INTS = 8  # WorkItem in csrc/params.h
 _HEADER_INTS = 16  # PlanHeader
@@ -37,14 +41,20 @@ class Tiles:
     ) -> Tiles:
         """What the executor of this device is compiled for: a multiple of its multiprocessors or threads."""
         device = torch.device(device)
-        arch = jit.arch_of(device)
-        room = jit.room_of(arch, head_dim_qk, head_dim_vo, batch_invariant)
-        numbers = jit.core().plan_tiles(room, arch, head_dim_qk, head_dim_vo)
-        q_wide, q_narrow, kv, per_unit, most = numbers
         if device.type == "cpu":
             units = torch.get_num_threads()
         else:
             units = torch.cuda.get_device_properties(device).multi_processor_count
+        return cls.for_arch(jit.arch_of(device), units, head_dim_qk, head_dim_vo, batch_invariant)
+
+    @classmethod
+    def for_arch(
+        cls, arch: int, units: int, head_dim_qk: int, head_dim_vo: int, batch_invariant: bool = False
+    ) -> Tiles:
+        """What a device with so many multiprocessors or threads has. arch: 0 for a CPU, else 80, 90, ..."""
+        room = jit.room_of(arch, head_dim_qk, head_dim_vo, batch_invariant)
+        numbers = jit.core().plan_tiles(room, arch, head_dim_qk, head_dim_vo)
+        q_wide, q_narrow, kv, per_unit, most = numbers
         return cls(q_wide, q_narrow, kv, min(units * per_unit, most))
 
 
@@ -357,16 +367,12 @@ class Plan:
                 f"got a batch of more than {p.layout.max_segments} row tiles"
             )
 
-    def show(self) -> str:
-        """Counts and the load of the workers, in units of csrc/cost.h. Waits for the plan."""
-        cost = cost_model()
-        items, merges, slots, segments = self.header[:4].tolist()
-        work = self.items[:items].cpu()
-        tiles = (work[:, 4] - work[:, 3]) // self.planner.tiles.kv
-        per_tile = torch.where(work[:, 6] & 1 == 1, cost.wide, cost.narrow)
-        ends = torch.cumsum(torch.cat([torch.zeros(1, dtype=torch.int64), cost.item + tiles * per_tile]), 0)
-        load = ends[self.worker_indptr.cpu().long()].diff()
-        return (
-            f"{items} items of {segments} row tiles, {slots} partial states, {merges} merges; "
-            f"load of {load.numel()} workers: mean {load.double().mean():.1f}, most {int(load.max())}"
-        )
+    def show(self, path: str | Path | None = None, times: Times | None = None) -> str:
+        """Draws who does what: the load of every worker by csrc/cost.h, and measured where times are given.
+
+        Returns a text for a terminal; with a path ending in .svg also writes a chart there. times: what
+        `measure` returned for this plan. Waits for the plan; raises ValueError, or what `check` raises.
+        """
+        from .show import show  # knows this file, and no engine needs it
+
+        return show(self, path, times)

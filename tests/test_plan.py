@@ -325,10 +325,3 @@ def test_tiles_of_a_large_host_stay_within_the_planner(monkeypatch: pytest.Monke
     tiles = Tiles.for_device("cpu", 64, 64)
     assert tiles.workers == 512
     BASE.planner(tiles=tiles)
-
-
-def test_show_names_the_counts() -> None:
-    s = Setup((1,), (1000,), workers=2)
-    assert (
-        s.planner().plan(s.batch()).show().startswith("2 items of 1 row tiles, 2 partial states, 1 merges;")
-    )
