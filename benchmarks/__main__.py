@@ -21,7 +21,7 @@ import torch
 from .cases import SUITES, Case, of_suite
 from .data import make, relative_error
 from .implementations import EVERY_PEER, PEERS, Unsupported, fi
-from .measure import device_us, host_us
+from .measure import Spread, device_us, host_us
 from .report import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,15 +37,22 @@ def measure(case: Case, name: str, device: torch.device) -> dict[str, Any]:
     prepared = (fi if name == "fi" else EVERY_PEER[name])(data)
     row: dict[str, Any] = {"suite": case.suite, "case": case.id, "impl": name}
     if case.suite == "plan":
-        return row | {"us": round(host_us(prepared.plan, device), 1)}
+        row |= rounded(host_us(prepared.plan, device))
+        if name == "fi" and device.type == "cuda":  # peers plan on the host
+            row["gpu_us"] = round(device_us(prepared.plan, device).us, 2)
+        return row
     error = relative_error(data, prepared.run())
-    us = device_us(prepared.run, device)
+    spread = device_us(prepared.run, device)
     return row | {
-        "us": round(us, 2),
-        "tb_s": round(case.bytes / us / 1e6, 3),
-        "tflop_s": round(case.flops / us / 1e6, 1),
+        **rounded(spread),
+        "tb_s": round(case.bytes / spread.us / 1e6, 3),
+        "tflop_s": round(case.flops / spread.us / 1e6, 1),
         "rel_err": float(f"{error:.3g}"),
     }
+
+
+def rounded(spread: Spread) -> dict[str, float]:
+    return {name: round(us, 2) for name, us in spread._asdict().items()}
 
 
 def build_peers(names: list[str], cases: list[Case]) -> None:

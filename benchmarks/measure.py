@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 PLAN_RUNS = 200
+QUANTILES = (0.5, 0.1, 0.9)
 
 
-def device_us(run: Callable[[], object], device: torch.device) -> float:
-    """Median time of one run on the device, microseconds. On a CPU: of three runs by the wall clock."""
+class Spread(NamedTuple):
+    """Median, 10th and 90th percentile of one call, microseconds."""
+
+    us: float
+    us_p10: float
+    us_p90: float
+
+
+def device_us(run: Callable[[], object], device: torch.device) -> Spread:
+    """Time of one run on the device. On a CPU: of three runs by the wall clock."""
     if device.type == "cpu":
-        return statistics.median(_wall_us(run) for _ in range(3))
+        return _spread([_wall_us(run) for _ in range(3)])
     from triton.testing import do_bench
 
     # do_bench overwrites a buffer larger than the L2 before each run and times with events.
-    return 1000 * do_bench(run, warmup=25, rep=100, return_mode="median")
+    ms = do_bench(run, warmup=25, rep=100, quantiles=QUANTILES)
+    return Spread(*(1000 * x for x in ms))
 
 
-def host_us(plan: Callable[[], object], device: torch.device) -> float:
-    """Median time the host spends in one call, microseconds, the device idle when it begins."""
+def host_us(plan: Callable[[], object], device: torch.device) -> Spread:
+    """Time the host spends in one call, the device idle when it begins."""
     times = []
     for _ in range(PLAN_RUNS):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(_wall_us(plan))
-    return statistics.median(times)
+    return _spread(times)
+
+
+def _spread(times: list[float]) -> Spread:
+    return Spread(*np.quantile(times, QUANTILES).tolist())
 
 
 def _wall_us(call: Callable[[], object]) -> float:

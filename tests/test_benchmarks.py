@@ -15,6 +15,7 @@ from benchmarks.__main__ import measure, peer_names
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
 from benchmarks.implementations import fi
+from benchmarks.measure import PLAN_RUNS, host_us
 
 SMALL = Case("small", "mixed", (1, 1, 20), (40, 17, 33), q_heads=4, kv_heads=2, head_dim=64)
 
@@ -40,7 +41,7 @@ def test_least_work() -> None:
 
 def test_measure_and_report(tmp_path: Path) -> None:
     row = measure(SMALL, "fi", torch.device("cpu"))
-    assert row["us"] > 0
+    assert 0 < row["us_p10"] <= row["us"] <= row["us_p90"]
     assert row["rel_err"] < 5e-3
     meta = {"card": "cpu", "driver": "", "torch": torch.__version__, "commit": "0" * 40, "date": "2026-01-01"}
     rows = [row, row | {"impl": "fa3", "us": 2 * row["us"]}]
@@ -69,6 +70,13 @@ def test_measure_and_report(tmp_path: Path) -> None:
     assert "| a case | 2.00 | 1.00 | 4.00 | 0.50 |" in text
     with pytest.raises(ValueError, match="serving figures: begin"):
         report.replace_block(page, {"meta": meta, "rows": serving})
+
+
+def test_a_plan_is_timed_on_the_host_many_times() -> None:
+    calls: list[int] = []
+    spread = host_us(lambda: calls.append(0), torch.device("cpu"))
+    assert len(calls) == PLAN_RUNS
+    assert 0 < spread.us_p10 <= spread.us <= spread.us_p90
 
 
 def test_an_engine_process_is_heard_at_once_and_limited() -> None:
