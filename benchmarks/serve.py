@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .engine_process import ROOT, tell
+from .engine_process import ROOT, say, tell
 from .lengths import sharegpt
 
 Requests = list[tuple[int, int]]  # (prompt tokens, output tokens) of every request
@@ -43,10 +43,6 @@ CASES: dict[str, Requests] = {
     "16 x 16384 in, 128 out": [(16384, 128)] * 16,
 }
 MAX_REQUESTS, CONTEXT = 256, 32768
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def make_model(folder: Path, layers: int = 32) -> Path:
@@ -98,7 +94,7 @@ def machine(engine: str) -> dict[str, str]:
     """Card, driver, versions; asked in another process, because a CUDA context here would hold GPU memory."""
     code = (
         "import json, torch; from importlib.metadata import packages_distributions, version;"
-        "from benchmarks.__main__ import meta;"
+        "from benchmarks.meta import meta;"
         "device = torch.device('cuda' if torch.cuda.is_available() else 'cpu');"
         f"found = version(packages_distributions()[{engine!r}][0]);"
         f"print(json.dumps({{**meta(device), {engine!r}: found}}))"

@@ -1,10 +1,11 @@
 """Whole-engine figures: Llama-3.1-8B shape with dummy weights in SGLang, ours and SGLang's own backends.
 
-`python -m benchmarks.serve_sglang --out FILE` starts all engines at once and lets them use the GPU one after
-another: four full starts in a row would take most of ten minutes, and most of a start is imports and builds
-on the CPU. First each backend serves a one-layer model, side by side, which fills every cache of compiled
-kernels; meanwhile the engines to be measured import what they need and wait at a gate. Only the engine whose
-gate is open works on the GPU or the CPU. A start-up counts from the gate to the engine that is ready.
+`python -m benchmarks serve --engine sglang --out FILE` starts all engines at once and lets them use the GPU
+one after another: four full starts in a row would take most of ten minutes, and most of a start is imports
+and builds on the CPU. First each backend serves a one-layer model, side by side, which fills every cache of
+compiled kernels; meanwhile the engines to be measured import what they need and wait at a gate. Only the
+engine whose gate is open works on the GPU or the CPU. A start-up counts from the gate to the engine that is
+ready.
 Every figure is in FILE at once; a backend that breaks costs its own rows. Compare figures within one run.
 """
 
@@ -13,14 +14,13 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from .engine_process import EngineProcess, last_error, tell
+from .engine_process import COMMAND, EngineProcess, last_error, say, tell
 from .serve import (
     CASES,
     CONTEXT,
@@ -31,7 +31,6 @@ from .serve import (
     machine,
     make_model,
     prompts,
-    say,
     time_cases,
 )
 
@@ -126,7 +125,7 @@ class Contender:
         self._gate = folder / stem
         self._log = args.out.with_name(f"{args.out.stem}-{stem}.log")
         model = folder / ("one-layer" if warm else "llama-8b")
-        command = [sys.executable, "-m", "benchmarks.serve_sglang", "--child", name, "--model", str(model)]
+        command = [*COMMAND, "sglang", "--child", name, "--model", str(model)]
         command += ["--gate", str(self._gate), "--port", str(port), "--repeat", str(args.repeat)]
         command += ["--warm"] if warm else []
         for case in args.case:
@@ -192,8 +191,8 @@ def backend_names(text: str) -> list[str]:
     return names
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_sglang", description=__doc__)
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks serve --engine sglang", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("serve_sglang.json"), help="results file (JSON)")
     parser.add_argument(
         "--backends",
@@ -206,7 +205,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--gate", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.child:
         child(args)
         return
@@ -215,7 +214,3 @@ def main() -> None:
     args.report = Report(args.out, machine("sglang"))
     with tempfile.TemporaryDirectory() as folder:
         measure(args, Path(folder), end)
-
-
-if __name__ == "__main__":
-    main()

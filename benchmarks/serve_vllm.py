@@ -1,22 +1,21 @@
 """Whole-engine figures: Llama-3.1-8B shape with dummy weights in vLLM, ours and FLASH_ATTN.
 
-`python -m benchmarks.serve_vllm --out FILE` starts one engine process after another and times the starts: the
-peer, ours with an empty kernel cache, the peer again (warm machine), ours again (kernels cached). Every
-figure is in FILE at once; what no longer fits into --minutes is left out and said so. Compare figures only
-within one run.
+`python -m benchmarks serve --engine vllm --out FILE` starts one engine process after another and times the
+starts: the peer, ours with an empty kernel cache, the peer again (warm machine), ours again (kernels cached).
+Every figure is in FILE at once; what no longer fits into --minutes is left out and said so. Compare figures
+only within one run.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from .engine_process import run, tell
-from .serve import CONTEXT, MAX_REQUESTS, Report, Requests, add_options, machine, make_model, say, time_cases
+from .engine_process import COMMAND, run, say, tell
+from .serve import CONTEXT, MAX_REQUESTS, Report, Requests, add_options, machine, make_model, time_cases
 from .serve import prompts as token_ids
 
 
@@ -84,7 +83,7 @@ def engine(
     report: Report,
 ) -> None:
     """One engine process; its figures go to the report. `condition` names what was cached at its start."""
-    command = [sys.executable, "-m", "benchmarks.serve_vllm", "--child", backend, "--model", str(model)]
+    command = [*COMMAND, "vllm", "--child", backend, "--model", str(model)]
     command += ["--repeat", str(args.repeat), "--seconds", f"{seconds - 15:.0f}"]
     command += ["--start-only"] if condition == "warm" else []
     for case in args.case:
@@ -100,14 +99,14 @@ def engine(
         report.add(impl=backend, case=f"{condition} run", failed=f"exit code {code}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_vllm", description=__doc__)
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks serve --engine vllm", description=__doc__)
     parser.add_argument("--out", type=Path, help="results file (JSON)")
     parser.add_argument("--peer", default="FLASH_ATTN", help="backend to compare with (default: %(default)s)")
     parser.add_argument("--skip-warm", action="store_true", help="leave out the second start of each backend")
     add_options(parser)
     parser.add_argument("--start-only", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.child:
         child(args)
         return
@@ -124,7 +123,3 @@ def main() -> None:
                 continue
             share = left / 2 if condition == "first" else left
             engine(backend, condition, share, args, model, cache, report)
-
-
-if __name__ == "__main__":
-    main()

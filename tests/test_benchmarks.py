@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import engine_process, report, serve
-from benchmarks.__main__ import measure, peer_names
+from benchmarks import engine_process, peers, report, serve
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
 from benchmarks.implementations import fi
 from benchmarks.measure import PLAN_RUNS, host_us
+from benchmarks.suites import measure
 
 SMALL = Case("small", "mixed", (1, 1, 20), (40, 17, 33), q_heads=4, kv_heads=2, head_dim=64)
 
@@ -115,8 +115,8 @@ def test_a_later_figure_replaces_the_earlier(tmp_path: Path) -> None:
 
 
 def test_peers() -> None:
-    assert peer_names("fa3,flashinfer_fa2,fa3") == ["fa3", "flashinfer_fa2"]
-    assert peer_names("") == []
+    assert peers.names("fa3,flashinfer_fa2,fa3") == ["fa3", "flashinfer_fa2"]
+    assert peers.names("") == []
 
 
 @pytest.mark.gpu

@@ -1,0 +1,85 @@
+"""The kernel suites: `python -m benchmarks decode prefill mixed plan --peers fa3,flashinfer --out FILE`.
+
+Ours and the peers run in one process on the same tensors: compare figures only within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import peer_flashinfer, peers
+from .cases import SUITES, Case, of_suite
+from .data import make, relative_error
+from .engine_process import say
+from .implementations import Unsupported, fi
+from .measure import Spread, device_us, host_us
+from .meta import meta
+from .report import table
+
+SERVE = "Whole engines: python -m benchmarks serve --engine {vllm,sglang} --help"
+
+
+def measure(case: Case, name: str, device: torch.device) -> dict[str, Any]:
+    """One row of a results file. Raises Unsupported."""
+    data = make(case, device)
+    prepared = (fi if name == "fi" else peers.PEERS[name])(data)
+    row: dict[str, Any] = {"suite": case.suite, "case": case.id, "impl": name}
+    if case.suite == "plan":
+        row |= rounded(host_us(prepared.plan, device))
+        if name == "fi" and device.type == "cuda":  # peers plan on the host
+            row["gpu_us"] = round(device_us(prepared.plan, device).us, 2)
+        return row
+    error = relative_error(data, prepared.run())
+    spread = device_us(prepared.run, device)
+    return row | {
+        **rounded(spread),
+        "tb_s": round(case.bytes / spread.us / 1e6, 3),
+        "tflop_s": round(case.flops / spread.us / 1e6, 1),
+        "rel_err": float(f"{error:.3g}"),
+    }
+
+
+def rounded(spread: Spread) -> dict[str, float]:
+    return {name: round(us, 2) for name, us in spread._asdict().items()}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=SERVE)
+    parser.add_argument("suites", nargs="+", choices=SUITES)
+    parser.add_argument(
+        "--peers", type=peers.names, default=[], help="fa3, flashinfer, or one of its wrappers"
+    )
+    parser.add_argument("--case", action="append", default=[], help="only this case id (repeatable)")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="write a results file (JSON)")
+    args = parser.parse_args(arguments)
+
+    cases = [c for suite in args.suites for c in of_suite(suite) if not args.case or c.id in args.case]
+    if not cases:
+        parser.error(f"no case {', '.join(args.case)} in {', '.join(args.suites)}")
+    peer_flashinfer.build(args.peers, cases)
+    result: dict[str, Any] = {"meta": meta(args.device), "rows": []}
+    for number, case in enumerate(cases, 1):
+        for name in ["fi", *args.peers]:
+            try:
+                row = measure(case, name, args.device)
+            except Unsupported as reason:
+                say(f"[{number}/{len(cases)}] {case.id} {name}: left out, {reason}")
+                continue
+            except Exception as error:
+                if name == "fi":
+                    raise
+                # a peer that is absent or breaks costs its own row only
+                say(f"[{number}/{len(cases)}] {case.id} {name}: failed, {error}")
+                continue
+            say(f"[{number}/{len(cases)}] {case.id} {name}: {row['us']} us")
+            result["rows"].append(row)
+            if args.out:  # after every row: a run that is cut short keeps what it measured
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
