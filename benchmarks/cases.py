@@ -6,6 +6,7 @@ scaled to the mean, at least 16. All from numpy's default_rng(0): every implemen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,6 +63,23 @@ def _prefill(id: str, requests: int, kind: str, mean: int, **shape: int) -> Case
     return Case(id, "prefill", n, n, **shape)
 
 
+def _shapes() -> Iterator[Case]:
+    """A long decode and a long prefill with other head dims and groups than the default shape."""
+    shapes = {
+        **{f"d{dim}": {"head_dim": dim} for dim in (64, 96, 192, 256)},
+        "mha": {"kv_heads": 32},
+        "group8": {"q_heads": 64},
+        "group16": {"q_heads": 64, "kv_heads": 4},
+    }
+    for name, shape in shapes.items():
+        for case in (
+            _decode(f"decode-64x4096-{name}", 64, "constant", 4096, **shape),
+            _prefill(f"prefill-4x8192-{name}", 4, "constant", 8192, **shape),
+        ):
+            if case.id != "decode-64x4096-d64":  # the decode suite has it
+                yield replace(case, suite="shapes")
+
+
 CASES = (
     _decode("decode-16x1024", 16, "constant", 1024),
     _decode("decode-16-uniform", 16, "uniform", 1024),
@@ -79,11 +97,12 @@ CASES = (
     _prefill("prefill-4x8192", 4, "constant", 8192),
     _prefill("prefill-1x32768", 1, "constant", 32768),
     _prefill("prefill-4x8192-page1", 4, "constant", 8192, page_size=1),
+    *_shapes(),
     Case("verify-64x4-4096", "mixed", (4,) * 64, (4096,) * 64),
     Case("chunk-512-over-32768", "mixed", (512,), (32768,)),
     Case("mixed-128dec-2chunk", "mixed", (1,) * 128 + (1024,) * 2, (4096,) * 130),
 )
-SUITES = ("decode", "prefill", "mixed", "plan")
+SUITES = ("decode", "prefill", "mixed", "shapes", "plan")
 
 
 def of_suite(suite: str) -> list[Case]:

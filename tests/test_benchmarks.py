@@ -32,6 +32,13 @@ def test_lengths() -> None:
         lengths("normal", 1, 1)
 
 
+def test_every_case_fits_one_card() -> None:
+    """Caches, queries and outputs; the flushed buffer and workspaces come on top."""
+    assert max(c.bytes for c in CASES) < 40e9
+    shapes = {(c.head_dim, c.q_heads // c.kv_heads) for c in of_suite("shapes")}
+    assert shapes == {(64, 4), (96, 4), (192, 4), (256, 4), (128, 1), (128, 8), (128, 16)}
+
+
 def test_least_work() -> None:
     decode = next(c for c in CASES if c.id == "decode-64x4096")
     prefill = next(c for c in CASES if c.id == "prefill-16x1024")
