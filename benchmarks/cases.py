@@ -14,7 +14,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Case:
-    """Causal attention of q_lens[r] query tokens, the last ones of kv_lens[r] keys, for each request r."""
+    """Causal attention of q_lens[r] query tokens, the last ones of kv_lens[r] keys, for each request r.
+
+    prefix: tokens, whole pages, that all requests share: their first keys.
+    """
 
     id: str
     suite: str
@@ -24,6 +27,7 @@ class Case:
     kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
+    prefix: int = 0
 
     @property
     def tokens(self) -> int:
@@ -32,7 +36,8 @@ class Case:
     @property
     def bytes(self) -> int:
         """Least traffic in 16-bit elements: every key and value once, queries and outputs once."""
-        kv = 2 * sum(self.kv_lens) * self.kv_heads * self.head_dim
+        keys = sum(self.kv_lens) - (len(self.kv_lens) - 1) * self.prefix
+        kv = 2 * keys * self.kv_heads * self.head_dim
         return 2 * (kv + 2 * self.tokens * self.q_heads * self.head_dim)
 
     @property
@@ -61,6 +66,11 @@ def _decode(id: str, requests: int, kind: str, mean: int, **shape: int) -> Case:
 def _prefill(id: str, requests: int, kind: str, mean: int, **shape: int) -> Case:
     n = lengths(kind, requests, mean)
     return Case(id, "prefill", n, n, **shape)
+
+
+def _prefix(requests: int, prefix: int, suffix: int) -> Case:
+    id = f"prefix-{requests}-{prefix}-{suffix}"
+    return Case(id, "prefix", (1,) * requests, (prefix + suffix,) * requests, prefix=prefix)
 
 
 def _shapes() -> Iterator[Case]:
@@ -97,12 +107,17 @@ CASES = (
     _prefill("prefill-4x8192", 4, "constant", 8192),
     _prefill("prefill-1x32768", 1, "constant", 32768),
     _prefill("prefill-4x8192-page1", 4, "constant", 8192, page_size=1),
+    _prefix(16, 8192, 256),
+    _prefix(64, 8192, 256),
+    _prefix(64, 32768, 512),
+    _prefix(256, 2048, 256),
+    _prefix(128, 16384, 128),
     *_shapes(),
     Case("verify-64x4-4096", "mixed", (4,) * 64, (4096,) * 64),
     Case("chunk-512-over-32768", "mixed", (512,), (32768,)),
     Case("mixed-128dec-2chunk", "mixed", (1,) * 128 + (1024,) * 2, (4096,) * 130),
 )
-SUITES = ("decode", "prefill", "mixed", "shapes", "plan")
+SUITES = ("decode", "prefill", "mixed", "prefix", "shapes", "plan")
 
 
 def of_suite(suite: str) -> list[Case]:

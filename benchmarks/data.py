@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -13,7 +12,7 @@ from .cases import Case
 @dataclass
 class Data:
     """q, out [tokens, q_heads, D]; k, v [pages, page_size, kv_heads, D]; int32: block_table [R, W],
-    qo_indptr [R + 1], kv_len [R]. All on the device."""
+    qo_indptr [R + 1], kv_len [R]. All on the device. A shared prefix is the same pages in every row."""
 
     case: Case
     q: torch.Tensor
@@ -30,11 +29,11 @@ class Data:
         size = self.case.page_size
         return (self.kv_len + size - 1) // size
 
-    @cached_property
-    def csr(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block table as indptr [R + 1] and indices [pages in use], int32."""
-        used = torch.arange(self.block_table.shape[1], device=self.kv_len.device) < self.pages[:, None]
-        return offsets(self.pages), self.block_table[used].contiguous()
+    def csr(self, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block table from page `first` of each request on, as indptr [R + 1] and indices, int32."""
+        columns = torch.arange(self.block_table.shape[1], device=self.kv_len.device)
+        used = (columns >= first) & (columns < self.pages[:, None])
+        return offsets(self.pages - first), self.block_table[used].contiguous()
 
 
 def offsets(counts: torch.Tensor) -> torch.Tensor:
@@ -46,9 +45,12 @@ def make(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) 
     q_len = torch.tensor(case.q_lens, dtype=torch.int32)
     kv_len = torch.tensor(case.kv_lens, dtype=torch.int32)
     pages = (kv_len + case.page_size - 1) // case.page_size
-    order = torch.randperm(int(pages.sum()), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    shared = case.prefix // case.page_size
+    count = shared + int((pages - shared).sum())
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(torch.int32)
     table = torch.zeros(len(pages), int(pages.max()), dtype=torch.int32)
-    table[torch.arange(table.shape[1]) < pages[:, None]] = order
+    table[:, :shared] = order[:shared]
+    table[:, shared:][torch.arange(table.shape[1] - shared) < (pages - shared)[:, None]] = order[shared:]
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype, generator=generator)

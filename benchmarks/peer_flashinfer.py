@@ -31,7 +31,7 @@ def _prefill(backend: str) -> Prepare:
         import flashinfer
 
         case = data.case
-        indptr, indices = data.csr
+        indptr, indices = data.csr()
         last = _last_page_len(data)
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
             _workspace(data.q.device), "NHD", backend=backend
@@ -64,7 +64,7 @@ def _decode(data: Data) -> Prepared:
     case = data.case
     if max(case.q_lens) > 1:
         raise Unsupported("the decode wrapper takes one query token a request")
-    indptr, indices = data.csr
+    indptr, indices = data.csr()
     last = _last_page_len(data)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(data.q.device), "NHD")
 
@@ -89,7 +89,7 @@ def _persistent(data: Data) -> Prepared:
     import flashinfer
 
     case = data.case
-    indptr, indices = data.csr
+    indptr, indices = data.csr()
     wrapper = flashinfer.BatchAttention("NHD", str(data.q.device))
 
     def plan() -> None:
@@ -112,17 +112,57 @@ def _persistent(data: Data) -> Prepared:
     return Prepared(plan, lambda: wrapper.run(data.q, (data.k, data.v), out=data.out)[0])
 
 
+def _cascade(data: Data) -> Prepared:
+    """The shared prefix and the rest as two levels, and a merge."""
+    import flashinfer
+
+    case, device = data.case, data.q.device
+    if not case.prefix:
+        raise Unsupported("no prefix is shared")
+    shared = case.prefix // case.page_size
+    indptr, indices = data.csr(shared)
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    levels = (
+        [ints(0, case.tokens), data.qo_indptr],
+        [ints(0, shared), indptr],
+        [data.block_table[0, :shared], indices],
+        [ints(case.page_size), _last_page_len(data)],
+    )
+    wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, _workspace(device), "NHD")
+
+    def plan() -> None:
+        wrapper.plan(
+            *levels,
+            case.q_heads,
+            case.kv_heads,
+            case.head_dim,
+            case.page_size,
+            causal=True,
+            q_data_type=data.q.dtype,
+            kv_data_type=data.k.dtype,
+        )
+
+    plan()
+    return Prepared(plan, lambda: wrapper.run(data.q, (data.k, data.v)))
+
+
 WRAPPERS: dict[str, Prepare] = {
     "flashinfer_fa2": _prefill("fa2"),
     "flashinfer_fa3": _prefill("fa3"),
     "flashinfer_decode": _decode,
     "flashinfer_persistent": _persistent,
+    "flashinfer_cascade": _cascade,
 }
 
 
 def build(names: list[str], cases: list[Case]) -> None:
     """Each wrapper and head dim is compiled at its first use, 30 to 70 s each: all side by side."""
-    wanted = sorted({(name, c.head_dim) for name in WRAPPERS if name in names for c in cases})
+    wanted = {(name, c.head_dim) for name in WRAPPERS if name in names for c in cases}
+    if not any(c.prefix for c in cases):
+        wanted = {job for job in wanted if job[0] != "flashinfer_cascade"}
     if not wanted:
         return
     say(f"building {len(wanted)} FlashInfer modules ...")
@@ -140,9 +180,9 @@ def build(names: list[str], cases: list[Case]) -> None:
         say(f"  {job[0]} head dim {job[1]}: {failed} after {took}")
 
     with ThreadPoolExecutor(len(wanted)) as pool:
-        list(pool.map(build_one, wanted))
+        list(pool.map(build_one, sorted(wanted)))
 
 
 def first_use(name: str, head_dim: int) -> None:
-    case = Case("first-use", "decode", (1,), (64,), head_dim=head_dim)
+    case = Case("first-use", "decode", (1,), (64,), head_dim=head_dim, prefix=32)
     WRAPPERS[name](make(case, torch.device("cuda"))).run()

@@ -8,7 +8,7 @@ from . import peer_fa3, peer_flashinfer
 from .implementations import Prepare
 
 FAMILIES: dict[str, dict[str, Prepare]] = {
-    "fa3": {"fa3": peer_fa3.fa3},
+    "fa3": peer_fa3.PEERS,
     "flashinfer": peer_flashinfer.WRAPPERS,
 }
 PEERS = {name: prepare for family in FAMILIES.values() for name, prepare in family.items()}

@@ -13,7 +13,7 @@ import torch
 from benchmarks import engine_process, peers, report, serve
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
-from benchmarks.implementations import fi
+from benchmarks.implementations import Unsupported, fi
 from benchmarks.measure import PLAN_RUNS, host_us
 from benchmarks.suites import measure
 
@@ -79,6 +79,21 @@ def test_measure_and_report(tmp_path: Path) -> None:
         report.replace_block(page, {"meta": meta, "rows": serving})
 
 
+def test_a_shared_prefix() -> None:
+    case = Case("small", "prefix", (1, 1), (40, 50), q_heads=4, kv_heads=2, head_dim=64, prefix=32)
+    data = make(case, torch.device("cpu"))
+    assert torch.equal(data.block_table[0, :2], data.block_table[1, :2])
+    assert len(data.k) == 2 + 1 + 2
+    indptr, indices = data.csr(2)
+    assert indptr.tolist() == [0, 1, 3]
+    assert sorted([*indices.tolist(), *data.block_table[0, :2].tolist()]) == list(range(5))
+    assert case.bytes == 2 * (2 * (32 + 8 + 18) * 2 * 64 + 2 * 2 * 4 * 64)
+    assert relative_error(data, fi(data).run()) < 5e-3
+    assert peers.PEERS.keys() >= {"vllm_fa3_cascade", "flashinfer_cascade"}
+    with pytest.raises(Unsupported, match="no prefix"):
+        peers.PEERS["vllm_fa3_cascade"](make(SMALL, torch.device("cpu")))
+
+
 def test_a_plan_is_timed_on_the_host_many_times() -> None:
     calls: list[int] = []
     spread = host_us(lambda: calls.append(0), torch.device("cpu"))
@@ -122,7 +137,7 @@ def test_a_later_figure_replaces_the_earlier(tmp_path: Path) -> None:
 
 
 def test_peers() -> None:
-    assert peers.names("fa3,flashinfer_fa2,fa3") == ["fa3", "flashinfer_fa2"]
+    assert peers.names("flashinfer_fa2,fa3,fa3") == ["flashinfer_fa2", "fa3", "vllm_fa3_cascade"]
     assert peers.names("") == []
 
 
