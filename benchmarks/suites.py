@@ -7,28 +7,30 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import peer_flashinfer, peers
+from . import builds, peer_flashinfer, peers
 from .cases import SUITES, Case, of_suite
 from .data import make, relative_error
 from .engine_process import say
 from .implementations import Unsupported, fi
 from .measure import Spread, device_us, host_us
 from .meta import meta
-from .report import table
+from .report import markdown
 
+Row = dict[str, Any]
 SERVE = "Whole engines: python -m benchmarks serve --engine {vllm,sglang} --help"
 
 
-def measure(case: Case, name: str, device: torch.device) -> dict[str, Any]:
+def measure(case: Case, name: str, device: torch.device) -> Row:
     """One row of a results file. Raises Unsupported."""
     data = make(case, device)
     prepared = (fi if name == "fi" else peers.PEERS[name])(data)
-    row: dict[str, Any] = {"suite": case.suite, "case": case.id, "impl": name}
+    row: Row = {"suite": case.suite, "case": case.id, "impl": name}
     if case.suite == "plan":
         row |= rounded(host_us(prepared.plan, device))
         if name == "fi" and device.type == "cuda":  # peers plan on the host
@@ -48,9 +50,32 @@ def rounded(spread: Spread) -> dict[str, float]:
     return {name: round(us, 2) for name, us in spread._asdict().items()}
 
 
+def rows(suites: list[str], cases: list[Case], names: list[str], device: torch.device) -> Iterator[Row]:
+    if "jit" in suites:
+        for arch in builds.arches(device):
+            for row in builds.rows(arch):
+                say(f"{row['case']}: {row['seconds']} s")
+                yield row
+    for number, case in enumerate(cases, 1):
+        for name in ["fi", *names]:
+            place = f"[{number}/{len(cases)}] {case.id} {name}"
+            try:
+                row = measure(case, name, device)
+            except Unsupported as reason:
+                say(f"{place}: left out, {reason}")
+            except Exception as error:
+                if name == "fi":
+                    raise
+                # a peer that is absent or breaks costs its own row only
+                say(f"{place}: failed, {error}")
+            else:
+                say(f"{place}: {row['us']} us")
+                yield row
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=SERVE)
-    parser.add_argument("suites", nargs="+", choices=SUITES)
+    parser.add_argument("suites", nargs="+", choices=(*SUITES, "jit"))
     parser.add_argument(
         "--peers", type=peers.names, default=[], help="fa3, flashinfer, or one of its wrappers"
     )
@@ -60,26 +85,13 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
 
     cases = [c for suite in args.suites for c in of_suite(suite) if not args.case or c.id in args.case]
-    if not cases:
+    if not cases and "jit" not in args.suites:
         parser.error(f"no case {', '.join(args.case)} in {', '.join(args.suites)}")
     peer_flashinfer.build(args.peers, cases)
     result: dict[str, Any] = {"meta": meta(args.device), "rows": []}
-    for number, case in enumerate(cases, 1):
-        for name in ["fi", *args.peers]:
-            try:
-                row = measure(case, name, args.device)
-            except Unsupported as reason:
-                say(f"[{number}/{len(cases)}] {case.id} {name}: left out, {reason}")
-                continue
-            except Exception as error:
-                if name == "fi":
-                    raise
-                # a peer that is absent or breaks costs its own row only
-                say(f"[{number}/{len(cases)}] {case.id} {name}: failed, {error}")
-                continue
-            say(f"[{number}/{len(cases)}] {case.id} {name}: {row['us']} us")
-            result["rows"].append(row)
-            if args.out:  # after every row: a run that is cut short keeps what it measured
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    for row in rows(args.suites, cases, args.peers, args.device):
+        result["rows"].append(row)
+        if args.out:  # after every row: a run that is cut short keeps what it measured
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown(result))

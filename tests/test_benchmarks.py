@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import engine_process, peers, report, serve
+from benchmarks import builds, engine_process, goals, peers, report, serve
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
 from benchmarks.implementations import Unsupported, fi
 from benchmarks.measure import PLAN_RUNS, host_us
 from benchmarks.suites import measure
+from fi_backend import jit
 
+META = {"card": "cpu", "driver": "", "torch": torch.__version__, "commit": "0" * 40, "date": "2026-01-01"}
 SMALL = Case("small", "mixed", (1, 1, 20), (40, 17, 33), q_heads=4, kv_heads=2, head_dim=64)
 
 
@@ -50,10 +52,9 @@ def test_measure_and_report(tmp_path: Path) -> None:
     row = measure(SMALL, "fi", torch.device("cpu"))
     assert 0 < row["us_p10"] <= row["us"] <= row["us_p90"]
     assert row["rel_err"] < 5e-3
-    meta = {"card": "cpu", "driver": "", "torch": torch.__version__, "commit": "0" * 40, "date": "2026-01-01"}
     rows = [row, row | {"impl": "fa3", "us": 2 * row["us"]}]
-    result = {"meta": meta, "rows": rows}
-    text = report.table(result)
+    result = {"meta": META, "rows": rows}
+    text = report.markdown(result)
     assert "| small |" in text
     assert "| 0.50 |" in text
     page = tmp_path / "page.md"
@@ -66,17 +67,17 @@ def test_measure_and_report(tmp_path: Path) -> None:
         {"suite": "serve", "impl": "FLASH_ATTN", "case": "start-up, warm", "seconds": 20.0},
         {"suite": "serve", "impl": "CUSTOM", "case": "start-up, cold", "seconds": 25.0},
     ]
-    text = report.table({"meta": meta | {"vllm": "0.26.0"}, "rows": serving})
+    text = report.markdown({"meta": META | {"vllm": "0.26.0"}, "rows": serving})
     assert "| start-up, our kernels built from nothing | 25.00 | 20.00 | 1.25 |" in text
     sglang = [
         {"suite": "serve", "impl": impl, "case": "a case", "seconds": seconds}
         for impl, seconds in (("fi", 2.0), ("fa3", 4.0), ("fi-page64", 1.0))
     ]
-    text = report.table({"meta": meta | {"sglang": "0.5.16"}, "rows": sglang})
+    text = report.markdown({"meta": META | {"sglang": "0.5.16"}, "rows": sglang})
     assert "| case | ours, s | ours, page64, s | fa3, s | ours / fa3 |" in text
     assert "| a case | 2.00 | 1.00 | 4.00 | 0.50 |" in text
     with pytest.raises(ValueError, match="serving figures: begin"):
-        report.replace_block(page, {"meta": meta, "rows": serving})
+        report.replace_block(page, {"meta": META, "rows": serving})
 
 
 def test_a_shared_prefix() -> None:
@@ -99,6 +100,27 @@ def test_a_plan_is_timed_on_the_host_many_times() -> None:
     spread = host_us(lambda: calls.append(0), torch.device("cpu"))
     assert len(calls) == PLAN_RUNS
     assert 0 < spread.us_p10 <= spread.us <= spread.us_p90
+
+
+def test_a_spec_is_compiled_from_nothing() -> None:
+    row = next(builds.rows(jit.CPU))
+    assert (row["case"], row["libraries"]) == ("jit-spec-cpu", 1)
+    assert row["seconds"] > 0.1
+    assert row["bytes"] > 10_000
+
+
+def test_a_goal_is_met_or_missed() -> None:
+    """Bounds are those of the goals' own source: bytes and operations at the card's rates."""
+    bounds = {"decode-16x1024": 22, "decode-256x2048": 696, "prefill-4x8192": 2968, "prefix-64-8192-256": 33}
+    for case in (c for c in CASES if c.id in bounds):
+        rates = {"tb_s": case.bytes / 1e6 / 4000, "tflop_s": case.flops / 1e6 / 4000}
+        row = {"suite": case.suite, "case": case.id, "impl": "fi", "us": 4000.0, "rel_err": 0.0, **rates}
+        assert goals.bound_us(row) == pytest.approx(bounds[case.id], abs=1)
+        for us, verdict in ((4000.0, "missed"), (1.0, "met")):
+            result = {"meta": META | {"card": "NVIDIA H100 80GB"}, "rows": [row | {"us": us}]}
+            assert f"| {goals.GOAL_US[case.id]}, {verdict} |" in report.markdown(result)
+        assert "goal" not in report.markdown({"meta": META, "rows": [row]})
+    assert goals.GOAL_US.keys() <= {c.id for suite in SUITES for c in of_suite(suite)}
 
 
 def test_an_engine_process_is_heard_at_once_and_limited() -> None:

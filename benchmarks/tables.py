@@ -1,0 +1,128 @@
+"""A results file as tables of text, one for each suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from . import goals
+
+OURS = ("CUSTOM", "fi", "fi-page64")  # our rows, by the name an engine knows
+Result = dict[str, Any]
+Row = dict[str, Any]
+Cells = dict[str, str]  # column to text
+
+
+class Table(NamedTuple):
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def tables(result: Result) -> list[Table]:
+    card, by_suite = result["meta"]["card"], grouped(result["rows"], "suite")
+    return [_table(suite, list(_lines(suite, rows, card))) for suite, rows in by_suite.items()]
+
+
+def grouped(rows: list[Row], key: str) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+def made(result: Result) -> str:
+    """Card, versions, date and commit in one line."""
+    m = result["meta"]
+    words = [m["card"], f"driver {m['driver'] or 'none'}", f"torch {m['torch']}"]
+    words += [f"{name} {m[key]}" for key, name in (("vllm", "vLLM"), ("sglang", "SGLang")) if key in m]
+    return ", ".join([*words, m["date"], f"commit {m['commit'][:12]}"]) + "."
+
+
+def _table(suite: str, lines: list[Cells]) -> Table:
+    """Without the columns that no line fills."""
+    title = {"serve": "", "plan": "plan, time on the host"}.get(suite, suite)
+    head = [column for column in (lines[0] if lines else ()) if any(line[column] for line in lines)]
+    return Table(title, head, [[line[column] for column in head] for line in lines])
+
+
+def _lines(suite: str, rows: list[Row], card: str) -> Iterator[Cells]:
+    if suite == "serve":
+        return _serving(rows)
+    if suite == "jit":
+        return _builds(rows)
+    return _kernels(rows, goals.CARD in card)
+
+
+def _kernels(rows: list[Row], has_goals: bool) -> Iterator[Cells]:
+    """Microseconds; the rate is the one that is nearer to its ceiling."""
+    peers = [name for name in grouped(rows, "impl") if name not in OURS]
+    for case, of_case in grouped(rows, "case").items():
+        found = {row["impl"]: row for row in of_case}
+        ours = found.get("fi")
+        if ours is None:
+            continue
+        us, timed = ours["us"], "tb_s" in ours
+        best = min((found[p]["us"] for p in peers if p in found), default=None)
+        goal = goals.GOAL_US.get(case) if has_goals else None
+        yield {
+            "case": case,
+            "ours, us": f"{us:.1f}",
+            "p10 to p90": f"{ours['us_p10']:.1f} to {ours['us_p90']:.1f}" if "us_p10" in ours else "",
+            "on the GPU, us": f"{ours['gpu_us']:.1f}" if "gpu_us" in ours else "",
+            "rate": _rate(ours) if timed else "",
+            "error": f"{ours['rel_err']:.1e}" if timed else "",
+            **{f"{p.replace('_', ' ')}, us": f"{found[p]['us']:.1f}" if p in found else "" for p in peers},
+            "ours / best peer": f"{us / best:.2f}" if best else "",
+            "bound, us": f"{goals.bound_us(ours):.0f}" if has_goals and timed else "",
+            "goal, us": f"{goal}, {'met' if us <= goal else 'missed'}" if goal else "",
+        }
+
+
+def _rate(row: Row) -> str:
+    return f"{row['tb_s']:.2f} TB/s" if goals.memory_bound(row) else f"{row['tflop_s']:.0f} TFLOP/s"
+
+
+def _builds(rows: list[Row]) -> Iterator[Cells]:
+    for row in rows:
+        yield {
+            "case": row["case"],
+            "seconds": f"{row['seconds']:.1f}",
+            "libraries": str(row["libraries"]),
+            "kB": f"{row['bytes'] / 1000:.0f}",
+        }
+
+
+def _serving(rows: list[Row]) -> Iterator[Cells]:
+    """Seconds of ours and of its peers, and the ratio of our first column.
+
+    The first engine of a run also warms the machine for the others: its start is in the file, not here.
+    A start of ours that builds all kernels stands beside the peer's warm one.
+    """
+    by_case = serving_seconds(rows)
+    impls = grouped([row for row in rows if "seconds" in row], "impl")
+    ours, *others = [name for name in OURS if name in impls]
+    for case, found in by_case.items():
+        if ours not in found:
+            continue
+        cells = {"case": case, "ours, s": f"{found[ours]:.2f}"}
+        cells |= {f"ours, {n.partition('-')[2]}, s": f"{found[n]:.2f}" if n in found else "" for n in others}
+        for p in (name for name in impls if name not in OURS):
+            cells[f"{p}, s"] = f"{found[p]:.2f}" if p in found else ""
+            cells[f"ours / {p}"] = f"{found[ours] / found[p]:.2f}" if p in found else ""
+        yield cells
+
+
+def serving_seconds(rows: list[Row]) -> dict[str, dict[str, float]]:
+    by_case: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if "seconds" not in row or row["case"] == "start-up, first":
+            continue
+        cases = [row["case"]]
+        if row["case"] == "start-up, warm" and row["impl"] not in OURS:
+            cases.append("start-up, cold")
+        for case in cases:
+            by_case.setdefault(case, {})[row["impl"]] = row["seconds"]
+    if "start-up, cold" in by_case:
+        by_case["start-up, our kernels built from nothing"] = by_case.pop("start-up, cold")
+    return by_case
