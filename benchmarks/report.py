@@ -1,4 +1,4 @@
-"""A results file as Markdown: `python -m benchmarks.report FILE [--into README.md]`."""
+"""Results files as Markdown, or as a page with pictures: `python -m benchmarks.report FILE ...`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from .page import page
 from .tables import Result, made, tables
 
 
@@ -37,17 +38,20 @@ def replace_block(page: Path, result: Result) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("file", type=Path, help="a results file")
-    parser.add_argument("--into", type=Path, help="replace the marked block of this Markdown file")
+    parser.add_argument("files", type=Path, nargs="+", help="results files")
+    parser.add_argument("--into", type=Path, help="replace the marked blocks of this Markdown file")
+    parser.add_argument("--page", type=Path, help="write an HTML page: roofline, bars and tables")
     args = parser.parse_args()
-    result = json.loads(args.file.read_text())
-    if args.into is None:
-        print(markdown(result))
-        return
+    results = [json.loads(file.read_text()) for file in args.files]
+    if args.page is not None:
+        args.page.write_text(page(results))
     try:
-        replace_block(args.into, result)
+        for result in results if args.into is not None else ():
+            replace_block(args.into, result)
     except ValueError as error:
         parser.error(str(error))
+    if args.into is None and args.page is None:
+        print("\n\n".join(map(markdown, results)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import builds, peer_flashinfer, peers
+from . import builds, peer_builds, peers
 from .cases import SUITES, Case, of_suite
 from .data import make, relative_error
 from .engine_process import say
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
     cases = [c for suite in args.suites for c in of_suite(suite) if not args.case or c.id in args.case]
     if not cases and "jit" not in args.suites:
         parser.error(f"no case {', '.join(args.case)} in {', '.join(args.suites)}")
-    peer_flashinfer.build(args.peers, cases)
+    peer_builds.build(args.peers, cases)
     result: dict[str, Any] = {"meta": meta(args.device), "rows": []}
     for row in rows(args.suites, cases, args.peers, args.device):
         result["rows"].append(row)

@@ -10,6 +10,7 @@ from . import goals
 OURS = ("CUSTOM", "fi", "fi-page64")  # our rows, by the name an engine knows
 Result = dict[str, Any]
 Row = dict[str, Any]
+Times = dict[str, dict[str, float]]  # case, implementation
 Cells = dict[str, str]  # column to text
 
 
@@ -99,7 +100,7 @@ def _serving(rows: list[Row]) -> Iterator[Cells]:
     The first engine of a run also warms the machine for the others: its start is in the file, not here.
     A start of ours that builds all kernels stands beside the peer's warm one.
     """
-    by_case = serving_seconds(rows)
+    by_case = _serving_seconds(rows)
     impls = grouped([row for row in rows if "seconds" in row], "impl")
     ours, *others = [name for name in OURS if name in impls]
     for case, found in by_case.items():
@@ -113,8 +114,18 @@ def _serving(rows: list[Row]) -> Iterator[Cells]:
         yield cells
 
 
-def serving_seconds(rows: list[Row]) -> dict[str, dict[str, float]]:
-    by_case: dict[str, dict[str, float]] = {}
+def times(suite: str, rows: list[Row]) -> Times:
+    """What is compared: seconds of whole engines, microseconds of kernels."""
+    if suite == "serve":
+        return _serving_seconds(rows)
+    return {
+        case: {row["impl"]: row["us"] for row in of_case if "us" in row}
+        for case, of_case in grouped(rows, "case").items()
+    }
+
+
+def _serving_seconds(rows: list[Row]) -> Times:
+    by_case: Times = {}
     for row in rows:
         if "seconds" not in row or row["case"] == "start-up, first":
             continue

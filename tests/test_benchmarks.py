@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -121,6 +124,21 @@ def test_a_goal_is_met_or_missed() -> None:
             assert f"| {goals.GOAL_US[case.id]}, {verdict} |" in report.markdown(result)
         assert "goal" not in report.markdown({"meta": META, "rows": [row]})
     assert goals.GOAL_US.keys() <= {c.id for suite in SUITES for c in of_suite(suite)}
+
+
+def test_a_page_shows_every_case(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    names = ("kernels-h100.json", "serve-h100.json", "serve-sglang-h100.json")
+    files = [engine_process.ROOT / "benchmarks" / "results" / name for name in names]
+    command = [sys.executable, "-m", "benchmarks.report", *files, "--page", tmp_path / "page.html"]
+    subprocess.run(command, cwd=engine_process.ROOT, check=True)
+    page = (tmp_path / "page.html").read_text()
+    rows = json.loads(files[0].read_text())["rows"]
+    assert {row["case"] for row in rows} <= set(re.findall(r"<td>([^<]*)</td>", page))
+    pictures = re.findall('src="data:image/png;base64,([^"]*)"', page)
+    assert len(pictures) == 4  # serving files have no roofline
+    assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
+    assert "http" not in page
 
 
 def test_an_engine_process_is_heard_at_once_and_limited() -> None:
