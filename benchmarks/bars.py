@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .draw import Style, png, pyplot, styles
-from .tables import OURS, Result, Times, grouped, times
+from .rows import OURS, Result, Times, grouped, times
 
 MOST = 3.0  # what a panel shows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any, NamedTuple
 
-from .tables import OURS, Row, grouped
+from .rows import OURS, Row, grouped
 
 # ours, then peers as they appear; told apart without colour too
 _MARKS = [

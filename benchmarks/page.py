@@ -7,7 +7,8 @@ from html import escape
 
 from .bars import bars
 from .roofline import roofline
-from .tables import Result, made, tables
+from .rows import Result
+from .tables import made, tables
 
 _HEAD = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>fi_backend: benchmarks</title>
@@ -34,7 +35,8 @@ def _section(result: Result) -> str:
             data = base64.b64encode(picture).decode()
             parts.append(f'<img alt="{words}" src="data:image/png;base64,{data}">')
     for title, head, rows in tables(result):
-        parts.append(f"<h3>{escape(title)}</h3><div><table>{_row('th', head)}")
+        parts.append(f"<h3>{escape(title)}</h3>" if title else "")
+        parts.append(f"<div><table>{_row('th', head)}")
         parts += [_row("td", cells) for cells in rows]
         parts.append("</table></div>")
     return "\n".join(parts)

@@ -7,13 +7,17 @@ import json
 from pathlib import Path
 
 from .page import page
-from .tables import Result, made, tables
+from .rows import Result
+from .tables import made, tables
 
 
 def mark(result: Result) -> str:
     """Which marked block of the README the results belong into."""
-    if all(row["suite"] != "serve" for row in result["rows"]):
+    suites = {row["suite"] for row in result["rows"]}
+    if not suites & {"serve", "open loop"}:
         return "kernel"
+    if "open loop" in suites:
+        return "open loop"
     return "sglang serving" if "sglang" in result["meta"] else "serving"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import goals
 from .draw import png, pyplot, styles
-from .tables import OURS, Result, Row, grouped
+from .rows import OURS, Result, Row, grouped
 
 TOP = 1800.0  # TFLOP/s
 LABELS = 0.29  # of the height

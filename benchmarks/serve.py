@@ -83,11 +83,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--case", action="append", default=[], choices=CASES, help="only this case (repeatable)"
     )
     parser.add_argument("--repeat", type=int, default=2, help="runs of a case, the best counts")
+    add_process_options(parser)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, default=8.5, help="time for everything (default: %(default)s)"
     )
-    for name, kind in (("--child", str), ("--model", Path), ("--seconds", float)):
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
 
 
 def machine(engine: str) -> dict[str, str]:
@@ -115,8 +120,8 @@ class Report:
         self.meta = meta
         self._lock = threading.Lock()
 
-    def add(self, impl: str, case: str, **values: Any) -> None:
-        row = {"suite": "serve", "impl": impl, "case": case, **values}
+    def add(self, impl: str, case: str, suite: str = "serve", **values: Any) -> None:
+        row = {"suite": suite, "impl": impl, "case": case, **values}
         say(f"  {row}")
         with self._lock:
             same = (i for i, r in enumerate(self.rows) if (r["impl"], r["case"]) == (impl, case))

@@ -28,25 +28,29 @@ def buffers(worker: Any) -> list[dict[str, int]]:
     ]
 
 
+def engine_options(model: Path, backend: str) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "seed": 0,
+        "max_model_len": CONTEXT,
+        "max_num_seqs": MAX_REQUESTS,
+        "gpu_memory_utilization": 0.9,
+        "enable_prefix_caching": False,
+        "attention_backend": backend,
+        "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+    }
+
+
 def child(args: argparse.Namespace) -> None:
     """One engine: start-up, then the cases."""
     begin = time.monotonic()
     from vllm import LLM, SamplingParams
 
     imported = time.monotonic()
-    llm = LLM(
-        model=str(args.model),
-        skip_tokenizer_init=True,
-        load_format="dummy",
-        dtype="bfloat16",
-        seed=0,
-        max_model_len=CONTEXT,
-        max_num_seqs=MAX_REQUESTS,
-        gpu_memory_utilization=0.9,
-        enable_prefix_caching=False,
-        attention_backend=args.child,
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-    )
+    llm = LLM(**engine_options(args.model, args.child))
     started = time.monotonic()
     tell(case="start-up", seconds=round(started - imported, 2), import_seconds=round(imported - begin, 2))
     for sizes in llm.collective_rpc(buffers)[0]:

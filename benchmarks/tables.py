@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import goals
+from .rows import LATENCIES, OURS, Result, Row, grouped, serving_seconds
 
-OURS = ("CUSTOM", "fi", "fi-page64")  # our rows, by the name an engine knows
-Result = dict[str, Any]
-Row = dict[str, Any]
-Times = dict[str, dict[str, float]]  # case, implementation
 Cells = dict[str, str]  # column to text
 
 
@@ -23,13 +20,6 @@ class Table(NamedTuple):
 def tables(result: Result) -> list[Table]:
     card, by_suite = result["meta"]["card"], grouped(result["rows"], "suite")
     return [_table(suite, list(_lines(suite, rows, card))) for suite, rows in by_suite.items()]
-
-
-def grouped(rows: list[Row], key: str) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row[key], []).append(row)
-    return found
 
 
 def made(result: Result) -> str:
@@ -52,6 +42,8 @@ def _lines(suite: str, rows: list[Row], card: str) -> Iterator[Cells]:
         return _serving(rows)
     if suite == "jit":
         return _builds(rows)
+    if suite == "open loop":
+        return _open_loop(rows)
     return _kernels(rows, goals.CARD in card)
 
 
@@ -94,13 +86,21 @@ def _builds(rows: list[Row]) -> Iterator[Cells]:
         }
 
 
-def _serving(rows: list[Row]) -> Iterator[Cells]:
-    """Seconds of ours and of its peers, and the ratio of our first column.
+def _open_loop(rows: list[Row]) -> Iterator[Cells]:
+    for row in rows:
+        if "failed" not in row:
+            yield {
+                "case": row["case"],
+                "backend": "ours" if row["impl"] in OURS else row["impl"],
+                **{f"{name}, ms": f"{row[key]:.1f}" for name, key in LATENCIES.items()},
+                "requests/s": f"{row['requests_s']:.1f}",
+                "tokens/s": f"{row['tokens_s']:.0f}",
+            }
 
-    The first engine of a run also warms the machine for the others: its start is in the file, not here.
-    A start of ours that builds all kernels stands beside the peer's warm one.
-    """
-    by_case = _serving_seconds(rows)
+
+def _serving(rows: list[Row]) -> Iterator[Cells]:
+    """Seconds of ours and of its peers, and the ratio of our first column."""
+    by_case = serving_seconds(rows)
     impls = grouped([row for row in rows if "seconds" in row], "impl")
     ours, *others = [name for name in OURS if name in impls]
     for case, found in by_case.items():
@@ -112,28 +112,3 @@ def _serving(rows: list[Row]) -> Iterator[Cells]:
             cells[f"{p}, s"] = f"{found[p]:.2f}" if p in found else ""
             cells[f"ours / {p}"] = f"{found[ours] / found[p]:.2f}" if p in found else ""
         yield cells
-
-
-def times(suite: str, rows: list[Row]) -> Times:
-    """What is compared: seconds of whole engines, microseconds of kernels."""
-    if suite == "serve":
-        return _serving_seconds(rows)
-    return {
-        case: {row["impl"]: row["us"] for row in of_case if "us" in row}
-        for case, of_case in grouped(rows, "case").items()
-    }
-
-
-def _serving_seconds(rows: list[Row]) -> Times:
-    by_case: Times = {}
-    for row in rows:
-        if "seconds" not in row or row["case"] == "start-up, first":
-            continue
-        cases = [row["case"]]
-        if row["case"] == "start-up, warm" and row["impl"] not in OURS:
-            cases.append("start-up, cold")
-        for case in cases:
-            by_case.setdefault(case, {})[row["impl"]] = row["seconds"]
-    if "start-up, cold" in by_case:
-        by_case["start-up, our kernels built from nothing"] = by_case.pop("start-up, cold")
-    return by_case

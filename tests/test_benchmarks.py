@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import builds, engine_process, goals, peers, report, serve
+from benchmarks import builds, engine_process, goals, open_loop, peers, report, serve
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
 from benchmarks.implementations import Unsupported, fi
@@ -174,6 +176,45 @@ def test_a_later_figure_replaces_the_earlier(tmp_path: Path) -> None:
         result.add("fi", "buffers", plan_bytes=1)
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row.get("seconds") for row in rows] == [2.0, None, None]
+
+
+def test_latencies_of_an_open_loop() -> None:
+    """1000 requests a second apart, first output after i ms, three more 10 ms apart, five tokens."""
+    served = [
+        open_loop.Served(float(i), [i + 1e-3 * i + 0.01 * k for k in range(4)], tokens=5) for i in range(1000)
+    ]
+    found = open_loop.figures(served)
+    assert found["ttft_ms_p50"] == pytest.approx(499.5)
+    assert found["ttft_ms_p99"] == pytest.approx(989.01)
+    assert found["tpot_ms_p50"] == found["tpot_ms_p99"] == pytest.approx(7.5)
+    assert found["itl_ms_p50"] == found["itl_ms_p99"] == pytest.approx(10)
+    assert found["requests_s"] == pytest.approx(1000 / (999 + 0.999 + 0.03), abs=0.01)
+    rows = [{"suite": "open loop", "case": "1 requests/s", "impl": name, **found} for name in ("X", "CUSTOM")]
+    result = {"meta": META | {"vllm": "0.26.0"}, "rows": rows}
+    assert "| 1 requests/s | ours | 499.5 | 989.0 | 7.5 | 7.5 | 10.0 | 10.0 | 1.0 |" in report.markdown(
+        result
+    )
+    assert report.mark(result) == "open loop"
+
+
+def test_requests_arrive_on_time_whatever_is_being_served() -> None:
+    at = open_loop.arrivals(5000, 50)
+    assert at == open_loop.arrivals(5000, 50) == sorted(at)
+    assert at[-1] == pytest.approx(100, rel=0.05)
+    started: list[float] = []
+
+    async def send(number: int) -> AsyncIterator[int]:
+        started.append(time.perf_counter() - begin)
+        for _ in range(3):
+            await asyncio.sleep(0.2)
+            yield 2
+
+    begin = time.perf_counter()
+    served = asyncio.run(open_loop.drive(send, [0.0, 0.1, 0.3]))
+    assert all(t > due - 0.01 for t, due in zip(started, [0.0, 0.1, 0.3], strict=True))
+    assert started[2] < started[0] + 0.6  # the first was not done
+    assert [s.tokens for s in served] == [6, 6, 6]
+    assert all(s.times[0] - s.arrival > 0.19 for s in served)
 
 
 def test_peers() -> None:

@@ -1,0 +1,104 @@
+"""Latencies under load: Llama-3.1-8B shape with dummy weights in vLLM, ours and vLLM's own backends.
+
+`python -m benchmarks serve --engine vllm --open-loop --rate 40 --out FILE` starts one engine process after
+another; to each come the same requests of ShareGPT-like lengths at the same times. Every figure is in FILE at
+once; what no longer fits into --minutes is left out and said so. Compare figures only within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from .engine_process import COMMAND, run, say, tell
+from .lengths import sharegpt
+from .open_loop import Send, arrivals, drive, figures
+from .serve import Report, Requests, add_process_options, machine, make_model, prompts
+from .serve_vllm import engine_options
+
+
+def child(args: argparse.Namespace) -> None:
+    asyncio.run(_serve(args))
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    """One engine, all rates."""
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    options = AsyncEngineArgs(**engine_options(args.model, args.child), disable_log_stats=True)
+    # steps as long as those of `vllm serve`
+    engine = AsyncLLM.from_engine_args(options, usage_context=UsageContext.OPENAI_API_SERVER)
+
+    def sender(requests: Requests, name: str) -> Send:
+        ids = prompts(requests, 0)
+
+        async def send(number: int) -> AsyncIterator[int]:
+            sampling = SamplingParams(
+                temperature=0,
+                max_tokens=requests[number][1],
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            prompt: Any = {"prompt_token_ids": ids[number]}
+            async for output in engine.generate(prompt, sampling, f"{name}-{number}"):
+                yield len(output.outputs[0].token_ids)
+
+        return send
+
+    # first use of the sampler's and the runner's own kernels
+    await drive(sender([(300, 8)] * 32, "warm"), [0.0] * 32)
+    for rate in args.rate:
+        requests = sharegpt(max(1, round(rate * args.traffic)))
+        served = await drive(sender(requests, f"{rate}"), arrivals(len(requests), rate))
+        for (_, wanted), found in zip(requests, served, strict=True):
+            if found.tokens != wanted:
+                raise RuntimeError(f"expected {wanted} tokens, got {found.tokens}")
+        tell(case=f"{rate:g} requests/s", requests=len(requests), **figures(served))
+    engine.shutdown()
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks serve --engine vllm --open-loop", description=__doc__
+    )
+    parser.add_argument("--out", type=Path, help="results file (JSON)")
+    parser.add_argument("--rate", type=float, nargs="+", required=True, help="requests a second")
+    parser.add_argument("--traffic", type=float, default=60, help="seconds of arrivals a rate (%(default)s)")
+    parser.add_argument(
+        "--backends", default="FLASH_ATTN,CUSTOM,TRITON_ATTN,FLASHINFER", help="in turn (%(default)s)"
+    )
+    parser.add_argument("--layers", type=int, default=32, help="fewer only to try it (%(default)s)")
+    add_process_options(parser)
+    args = parser.parse_args(arguments)
+    if args.child:
+        child(args)
+        return
+    end = time.monotonic() + 60 * args.minutes
+    report, names = Report(args.out, machine("vllm")), args.backends.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(Path(folder, "llama"), args.layers)
+        for place, backend in enumerate(names):
+            left = end - time.monotonic()
+            if left < 30 + args.traffic:
+                report.add(backend, "run", suite="open loop", failed="no time left")
+                continue
+            seconds = min(left, 1.5 * left / (len(names) - place))
+            say(f"{backend}, at most {seconds:.0f} s ...")
+            command = [*COMMAND, "vllm", "--open-loop", "--child", backend, "--model", str(model)]
+            command += ["--traffic", str(args.traffic), "--rate", *map(str, args.rate)]
+
+            def receive(row: dict[str, Any], backend: str = backend) -> None:
+                report.add(backend, suite="open loop", **row)
+
+            if code := run(command, seconds, receive, {}):
+                report.add(backend, "run", suite="open loop", failed=f"exit code {code}")
