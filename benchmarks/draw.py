@@ -24,7 +24,7 @@ class Style(NamedTuple):
 def styles(rows: list[Row]) -> dict[str, Style]:
     """Of each implementation, ours first."""
     names = sorted(grouped(rows, "impl"), key=lambda name: name not in OURS)
-    labels = ["ours" if name in OURS[:2] else name.replace("_", " ") for name in names]
+    labels = ["ours" if name in OURS[:2] else name for name in names]
     return {name: Style(label, *m) for name, label, m in zip(names, labels, _MARKS, strict=False)}
 
 

@@ -217,6 +217,13 @@ def test_requests_arrive_on_time_whatever_is_being_served() -> None:
     assert all(s.times[0] - s.arrival > 0.19 for s in served)
 
 
+def test_open_loop_needs_vllm() -> None:
+    command = [sys.executable, "-m", "benchmarks", "serve", "--engine", "sglang", "--open-loop"]
+    done = subprocess.run(command, cwd=engine_process.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "expected --engine vllm with --open-loop, got sglang" in done.stderr
+
+
 def test_peers() -> None:
     assert peers.names("flashinfer_fa2,fa3,fa3") == ["flashinfer_fa2", "fa3", "vllm_fa3_cascade"]
     assert peers.names("") == []
