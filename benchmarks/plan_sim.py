@@ -65,7 +65,7 @@ def ours(planner: Planner, batch: BlockSparse, mean: float) -> Row:
     items = plan.items[:n].numpy()
     tiles = (items[:, 4] - items[:, 3]) // planner.tiles.kv
     ends = np.cumsum(cost.item + tiles * np.where(items[:, 6] & 1, cost.wide, cost.narrow))
-    load = np.diff(np.concatenate([[0], ends])[plan.worker_indptr.numpy()])
+    load = np.diff(np.concatenate([[0], ends])[plan.worker_indptr[: planner.tiles.workers + 1].numpy()])
     return Row(load.max() / mean, n, slots, merges, median_us(lambda: planner.plan(batch)))
 
 

@@ -39,7 +39,8 @@ struct PlanHeader {
   int64_t slice;     // cost given to one worker
   int64_t total;     // cost of the whole batch
   int32_t error;     // 0, or 1: more segments than max_segments, the plan is empty
-  int32_t reserved[7];
+  int32_t rounds;    // worker w has the items of slices w, workers + w, ... of worker_indptr, in all rounds
+  int32_t reserved[6];
 };
 
 // BlockSparse as an executor sees it. Entry p of request r lies at
@@ -77,7 +78,7 @@ struct AttentionParams {
   KVCache kv;
   Batch batch;
   const PlanHeader* header;
-  const int32_t* worker_indptr;  // [workers + 1] into items
+  const int32_t* worker_indptr;  // [rounds * workers + 1] into items
   const WorkItem* items;
   const WorkItem* merges;
   // Partial states, [slots, partial_rows]; batch invariant: then [workers, q_wide] of what each works on.
@@ -121,13 +122,14 @@ struct PlanParams {
   int32_t tile_q_wide, tile_q_narrow, tile_kv;
   int32_t causal;       // 1: keys after the row's own position are pruned
   int32_t window;       // keys (q - window, q] are kept; 0: no window
+  int32_t max_rounds;   // that the executor can walk
   int32_t chunk_tiles;  // batch invariant: requests of one narrow tile are cut every so many KV tiles; 0: off
   int32_t max_segments;  // capacities
   int32_t max_items;
   int32_t max_slots;
   int32_t max_merges;
   PlanHeader* header;
-  int32_t* worker_indptr;  // [workers + 1]
+  int32_t* worker_indptr;  // [max_rounds * workers + 1]
   WorkItem* items;         // [max_items]
   WorkItem* merges;        // [max_merges]
   // scratch of the device planner, and what plan.show() reads

@@ -4,6 +4,12 @@
 // that line follow each other. Worker w owns [w * slice, (w + 1) * slice). A cut inside a segment falls
 // between two KV tiles and splits it. Every number of an item or merge is a closed form of the cuts, so all
 // can be written at once.
+//
+// Many wide segments are dealt out in rounds: the line is cut into parts, and in each part every worker has a
+// slice. So all workers are at neighbouring segments at a time, which share their keys, and those stay in the
+// L2 cache. Before the last round cuts fall between segments; each is moved the less the more it was moved in
+// the rounds before, so that a worker's load is never further than one segment from its share, and the last
+// round evens out.
 #pragma once
 #include "cost.h"
 #include "params.h"
@@ -12,6 +18,7 @@ namespace fi {
 
 constexpr int32_t kMaxKvLen = 1 << 30;  // tokens; keeps tile arithmetic within int32
 constexpr int32_t kMaxWorkers = 512;    // one thread of the device planner each
+constexpr int32_t kMaxRounds = 64;
 
 FI_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FI_HD int64_t at_least(int64_t x, int64_t floor) { return x < floor ? floor : x; }
@@ -107,12 +114,20 @@ struct Line {
   int32_t chunked_segments;  // of them, those of row tiles with several chunks: each has a slot
   int32_t chunked_tiles;     // row tiles with several chunks: each has a merge
   const int32_t* spread;     // [segments + 1] workers of one KV head before each; null: cut by cost
+  int64_t longest_wide;      // cost of the longest wide segment, 0: there is none
+  int64_t longest;           // of any
+  int32_t rounds;
+  const int64_t* round_begin;  // [rounds + 1] on the line; set where rounds > 1
   int64_t slice, total;
 };
 
 FI_HD void measure(Line* line, const PlanParams& p) {
   line->total = line->start[line->segments] * p.kv_heads;
   line->slice = at_least(ceil_div(line->total, p.workers), kMinSlice);
+  // cuts that are moved by half a segment, and corrected by half a segment, keep their order
+  int64_t rounds = line->total / ((2 * line->longest + kMinSlice) * p.workers);
+  line->rounds =
+      line->longest_wide > 0 && p.chunk_tiles == 0 ? int32_t(at_least(at_most(rounds, p.max_rounds), 1)) : 1;
 }
 
 // Spreading: segment s gets pieces_of(s, most) workers, and `most` is the least cost of KV tiles a worker
@@ -153,10 +168,44 @@ FI_HD Cut spread_cut_before(const PlanParams& p, const Line& line, int32_t w) {
   return {unit, int32_t(tiles * piece / pieces)};
 }
 
-// Where worker w begins. Cuts never decrease with w, and two cuts inside one unit differ.
-FI_HD Cut cut_before(const PlanParams& p, const Line& line, int32_t w) {
+// Where a unit begins on the cost line.
+FI_HD int64_t begin_of(const Line& line, int32_t unit) {
+  if (line.segments == 0) return 0;
+  return unit / line.segments * line.start[line.segments] + line.start[unit % line.segments];
+}
+
+// The unit whose begin is nearest to x, 0 <= x <= total.
+FI_HD int32_t nearest_unit(const PlanParams& p, const Line& line, int64_t x) {
+  if (x >= line.total) return p.kv_heads * line.segments;
+  int64_t length = line.start[line.segments];
+  int32_t head = int32_t(x / length);
+  int64_t y = x - head * length;
+  int32_t s = last_not_above(line.start, line.segments, y);
+  return head * line.segments + s + (y - line.start[s] > line.start[s + 1] - y ? 1 : 0);
+}
+
+FI_HD int64_t round_begin(const PlanParams& p, const Line& line, int32_t round) {
+  return begin_of(line, nearest_unit(p, line, line.total / line.rounds * round));
+}
+
+// Writes where worker w begins in the rounds before the last, and returns where on the line it should begin
+// in the last one.
+FI_HD int64_t walk_rounds(const PlanParams& p, const Line& line, int32_t w) {
+  int64_t have = 0, x = 0;  // have: what the workers before w got in the rounds so far
+  for (int32_t round = 0; round < line.rounds; ++round) {
+    x = line.round_begin[round] + line.round_begin[round + 1] * w / p.workers - have;
+    if (round + 1 == line.rounds) break;
+    int32_t unit = nearest_unit(p, line, x);
+    if (w < p.workers) p.worker_indptr[round * p.workers + w] = unit;
+    have += begin_of(line, unit) - line.round_begin[round];
+  }
+  return x;
+}
+
+// Where worker w begins; in rounds, in the last one. x: the place on the line it should be. Cuts never
+// decrease with w, and two cuts inside one unit differ.
+FI_HD Cut cut_before(const PlanParams& p, const Line& line, int32_t w, int64_t x) {
   if (line.spread) return spread_cut_before(p, line, w);
-  int64_t x = w * line.slice;
   if (w >= p.workers || x >= line.total) return {p.kv_heads * line.segments, 0};
   int64_t length = line.start[line.segments];
   int32_t head = int32_t(x / length);
@@ -253,7 +302,8 @@ FI_HD PlanHeader make_header(const PlanParams& p, const Line& line, const Count&
   int32_t units = p.kv_heads * line.segments;
   int32_t merges = chunked ? p.kv_heads * line.chunked_tiles : cuts.openers;
   int32_t slots = chunked ? p.kv_heads * line.chunked_segments : cuts.inside + cuts.openers;
-  return {units + cuts.inside, merges, slots, line.segments, line.slice, line.total, overflow, {}};
+  return {units + cuts.inside, merges, slots, line.segments, line.slice, line.total, overflow,
+          line.rounds,         {}};
 }
 
 }  // namespace fi

@@ -31,6 +31,7 @@ class Setup:
     causal: bool = True
     window: int | None = None
     batch_invariant: bool = False
+    max_rounds: int = 1
     max_requests: int | None = None  # None: as many as the batch has
     max_tokens: int | None = None
     max_kv_len: int | None = None
@@ -51,7 +52,7 @@ class Setup:
             "window": self.window,
             "batch_invariant": self.batch_invariant,
             "device": device,
-            "tiles": Tiles(self.q_wide, self.q_narrow, self.tile_kv, self.workers),
+            "tiles": Tiles(self.q_wide, self.q_narrow, self.tile_kv, self.workers, self.max_rounds),
         }
         return Planner(**(arguments | changes))
 
@@ -85,13 +86,14 @@ def setups(draw: st.DrawFn, batch_invariant: bool | None = False, **fixed: Any) 
         "causal": draw(st.booleans()),
         "window": draw(st.one_of(st.none(), st.integers(1, 60))),
         "batch_invariant": invariant,
+        "max_rounds": draw(st.sampled_from((1, 4, 64))),
     }
     return Setup(**(drawn | fixed))
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """What a plan's counts cover, copied. items and merges: [n, 8]."""
+    """What a plan's counts cover, copied. items and merges: [n, 8]; worker_indptr: [rounds * workers + 1]."""
 
     items: np.ndarray
     merges: np.ndarray
@@ -100,6 +102,7 @@ class Arrays:
     segments: int
     slice: int
     total: int
+    rounds: int
 
 
 def arrays(plan: Plan) -> Arrays:
@@ -108,11 +111,12 @@ def arrays(plan: Plan) -> Arrays:
     return Arrays(
         plan.items[: header[0]].cpu().numpy().copy(),
         plan.merges[: header[1]].cpu().numpy().copy(),
-        plan.worker_indptr.cpu().numpy().copy(),
+        plan.worker_indptr[: header[9] * plan.planner.tiles.workers + 1].cpu().numpy().copy(),
         int(header[2]),
         int(header[3]),
         int(slice_),
         int(total),
+        int(header[9]),
     )
 
 
@@ -187,4 +191,4 @@ def item_costs(s: Setup, plan: Arrays, cost: Any) -> np.ndarray:
 
 def worker_loads(s: Setup, plan: Arrays, cost: Any) -> np.ndarray:
     ends = np.concatenate([[0], np.cumsum(item_costs(s, plan, cost))])
-    return np.diff(ends[plan.worker_indptr])
+    return np.diff(ends[plan.worker_indptr]).reshape(plan.rounds, -1).sum(0)

@@ -20,6 +20,8 @@ bool build_line(const PlanParams& p, Line* line) {
       p.segment_request[segments] = r;
       p.segment_tile[segments] = i;
       cost += segment_cost(segment);
+      line->longest = at_least(line->longest, segment_cost(segment));
+      if (segment.wide) line->longest_wide = at_least(line->longest_wide, segment_cost(segment));
       if (p.chunk_tiles > 0) {
         Count count = chunk_count(segment);
         p.chunk_slot[segments] = count.inside ? line->chunked_segments : -1;
@@ -32,6 +34,7 @@ bool build_line(const PlanParams& p, Line* line) {
   if (!fits) {
     cost = segments = 0;
     line->chunked_segments = line->chunked_tiles = 0;
+    line->longest = line->longest_wide = 0;
   }
   line->start = p.segment_start;
   line->request = p.segment_request;
@@ -61,12 +64,20 @@ void plan_host(const PlanParams& p) {
   bool fits = build_line(p, &line);
   std::vector<int32_t> workers_before = spread(p, line);
   line.spread = workers_before.empty() ? nullptr : workers_before.data();
-  Cut left = cut_before(p, line, 0);
+  std::vector<int64_t> round_begins(line.rounds + 1, line.total);
+  for (int32_t round = 0; round < line.rounds; ++round) round_begins[round] = round_begin(p, line, round);
+  line.round_begin = round_begins.data();
+  auto begin_of_worker = [&](int32_t w) {
+    return cut_before(p, line, w, line.rounds > 1 ? walk_rounds(p, line, w) : w * line.slice);
+  };
+  Cut left = begin_of_worker(0);
   Count left_count{};
   int32_t first_slot = 0;
-  p.worker_indptr[0] = 0;
+  for (int32_t unit = 0; unit < left.unit; ++unit) p.items[unit] = whole_item(p, line, unit);
+  int32_t* last_round = p.worker_indptr + (line.rounds - 1) * p.workers;
+  last_round[0] = left.unit;
   for (int32_t w = 1; w <= p.workers; ++w) {
-    Cut right = cut_before(p, line, w);
+    Cut right = begin_of_worker(w);
     Count step = count_cut(left, right);
     Count right_count{left_count.inside + step.inside, left_count.openers + step.openers};
     if (is_inside(left) && !same_split(left, right)) {
@@ -78,7 +89,7 @@ void plan_host(const PlanParams& p) {
       p.items[i] = p.chunk_tiles > 0 ? whole_item(p, line, i)
                                      : item_between(p, line, left, left_count, right, right_count, i - begin);
     }
-    p.worker_indptr[w] = end;
+    last_round[w] = end;
     left = right;
     left_count = right_count;
   }

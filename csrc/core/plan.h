@@ -7,7 +7,7 @@ namespace fi {
 // What a planner is made for. Counts and lengths are upper bounds.
 struct PlanConfig {
   int64_t kv_heads, group, workers;
-  int64_t tile_q_wide, tile_q_narrow, tile_kv;
+  int64_t tile_q_wide, tile_q_narrow, tile_kv, max_rounds;
   int64_t causal;       // 0 or 1
   int64_t window;       // tokens, 0: none
   int64_t chunk_tiles;  // batch invariant, 0: off

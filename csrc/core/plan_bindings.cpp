@@ -108,7 +108,7 @@ void plan_on_device(const Shape& numbers, TensorView buffer, TensorView qo_indpt
 
 Shape tiles_of(int64_t room, int64_t arch, int64_t head_dim_qk, int64_t head_dim_vo) {
   Tiles t = tiles_for(int(room), int(arch), int(head_dim_qk), int(head_dim_vo));
-  return {t.q_wide, t.q_narrow, t.kv, t.ctas_per_sm, kMaxWorkers};
+  return {t.q_wide, t.q_narrow, t.kv, t.ctas_per_sm, kMaxWorkers, t.max_rounds};
 }
 
 Shape cost_model() {

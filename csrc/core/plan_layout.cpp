@@ -28,6 +28,7 @@ void check_config(const PlanConfig& c) {
   require_between("tiles.kv", c.tile_kv, 1, kMaxKvLen);
   require_between("tiles.q_wide", c.tile_q_wide, 1, kMaxKvLen);
   require_between("tiles.q_narrow", c.tile_q_narrow, 0, c.tile_q_wide);
+  require_between("tiles.max_rounds", c.max_rounds, 1, kMaxRounds);
   require_between("window", c.window, 0, kMaxKvLen);
   require_between("chunk_tiles", c.chunk_tiles, 0, kAny);
   require_between("max_requests", c.max_requests, 1, kAny);
@@ -88,7 +89,7 @@ PlanLayout plan_layout(const PlanConfig& c) {
   };
   int64_t chunked = c.chunk_tiles > 0 ? l.max_segments : 0;
   section(sizeof(PlanHeader));
-  l.worker_indptr = section((c.workers + 1) * sizeof(int32_t));
+  l.worker_indptr = section((c.max_rounds * c.workers + 1) * sizeof(int32_t));
   l.merges = section(l.max_merges * sizeof(WorkItem));
   l.segment_start = section((l.max_segments + 1) * sizeof(int64_t));
   l.segment_request = section(l.max_segments * sizeof(int32_t));
@@ -127,6 +128,7 @@ PlanParams plan_params(const PlanConfig& c, const PlanLayout& l, char* buffer, c
   p.tile_q_wide = int32_t(c.tile_q_wide);
   p.tile_q_narrow = int32_t(c.tile_q_narrow);
   p.tile_kv = int32_t(c.tile_kv);
+  p.max_rounds = int32_t(c.max_rounds);
   p.causal = int32_t(c.causal);
   p.window = int32_t(c.window);
   p.chunk_tiles = int32_t(c.chunk_tiles);

@@ -67,8 +67,8 @@ extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_h
   attention_kernel<<<attention->workers, kThreads, kSmemBytes, stream>>>(params);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  auto merge =
-      fi::smxx::merge_kernel<Element, Variant, Args, kBatchInvariant, kProfile, kTileQ, kTiles.q_narrow, kDimVo>;
+  auto merge = fi::smxx::merge_kernel<Element, Variant, Args, kBatchInvariant, kProfile, kTileQ,
+                                      kTiles.q_narrow, kDimVo>;
   merge<<<attention->workers, 32 * fi::smxx::kMergeWarps, 0, stream>>>(*attention);
   return cudaGetLastError();
 }

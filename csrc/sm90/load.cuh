@@ -17,8 +17,13 @@ struct Producer {
 
   __device__ __forceinline__ void run() {
     const Args& args = *reinterpret_cast<const Args*>(p.variant_args);
-    int item = p.worker_indptr[blockIdx.x], end = p.worker_indptr[blockIdx.x + 1];
+    int slices = p.header->rounds * gridDim.x, slice = blockIdx.x;
+    int item = p.worker_indptr[slice], end = p.worker_indptr[slice + 1];
     for (uint32_t n = 0;; ++n, ++item) {
+      while (item >= end && (slice += gridDim.x) < slices) {
+        item = p.worker_indptr[slice];
+        end = p.worker_indptr[slice + 1];
+      }
       int stage = n % kQStages;
       barrier_wait(smem.q_empty(stage), (n / kQStages & 1) ^ 1);
       Task& task = smem.task(stage);

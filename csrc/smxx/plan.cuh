@@ -56,6 +56,8 @@ struct PlanShared {
   int32_t first_slot[kMaxWorkers];  // of each merge
   int32_t spread[kMaxWorkers + 1];
   int32_t fits[kSpreadTries];
+  int64_t round_begin[kMaxRounds + 1];
+  unsigned long long longest, longest_wide;
 };
 
 // Segments of one KV head, kThreads requests a round and kThreads segments at a time.
@@ -64,6 +66,8 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
                                            bool* overflow) {
   int tid = threadIdx.x;
   int64_t segments = 0, cost = 0, chunked = 0;
+  long long longest = 0, longest_wide = 0;
+  if (tid == 0) shared.longest = shared.longest_wide = 0;  // the scans below are barriers
   for (int32_t r0 = 0; r0 < p.num_requests; r0 += kThreads) {
     int64_t round;
     int64_t first =
@@ -82,6 +86,8 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
         index = int32_t(i) - shared.first[nth];
         segment = segment_at(p, request, index);
         own = segment_cost(segment);
+        longest = at_least(longest, own);
+        if (segment.wide) longest_wide = at_least(longest_wide, own);
         own_chunked = pack(chunk_count(segment));
       }
       int64_t start = cost + scan<kThreads>(own, shared.sums, &sum);
@@ -111,6 +117,10 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   }
   *overflow = segments > p.max_segments;
   if (*overflow) segments = cost = chunked = 0;
+  if (!*overflow) {
+    if (longest > 0) atomicMax(&shared.longest, static_cast<unsigned long long>(longest));
+    if (longest_wide > 0) atomicMax(&shared.longest_wide, static_cast<unsigned long long>(longest_wide));
+  }
   bool fits = segments <= kSharedSegments;
   if (tid == 0) {
     p.segment_start[segments] = cost;
@@ -124,6 +134,8 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   line.segments = int32_t(segments);
   line.chunked_segments = unpack(chunked).inside;
   line.chunked_tiles = unpack(chunked).openers;
+  line.longest = int64_t(shared.longest);
+  line.longest_wide = int64_t(shared.longest_wide);
   measure(&line, p);
   return line;
 }
@@ -156,27 +168,33 @@ __device__ __forceinline__ const int32_t* spread(const PlanParams& p, const Line
 
 template <int kThreads>
 __device__ __forceinline__ void plan_block(const PlanParams& p, PlanShared<kThreads>& shared) {
-  static_assert(kThreads > kMaxWorkers, "a thread for every cut");
+  static_assert(kThreads > kMaxWorkers && kThreads > kMaxRounds, "a thread for every cut");
   int w = threadIdx.x;
   bool overflow;
   Line line = build_line<kThreads>(p, shared, &overflow);
   line.spread = spread<kThreads>(p, line, shared);
 
-  if (w <= p.workers) shared.cut[w] = cut_before(p, line, w);
+  if (line.rounds > 1) {
+    if (w <= line.rounds) shared.round_begin[w] = w < line.rounds ? round_begin(p, line, w) : line.total;
+    line.round_begin = shared.round_begin;
+    __syncthreads();
+  }
+  if (w <= p.workers) {
+    shared.cut[w] = cut_before(p, line, w, line.rounds > 1 ? walk_rounds(p, line, w) : w * line.slice);
+  }
+  int32_t* last_round = p.worker_indptr + (line.rounds - 1) * p.workers;
   __syncthreads();
   Cut cut{};
   Count step{};
-  if (w >= 1 && w <= p.workers) {
-    cut = shared.cut[w];
-    step = count_cut(shared.cut[w - 1], cut);
-  }
+  if (w <= p.workers) cut = shared.cut[w];
+  if (w >= 1 && w <= p.workers) step = count_cut(shared.cut[w - 1], cut);
   int64_t sum;
   int64_t before = scan<kThreads>(pack(step), shared.sums, &sum);
   Count count = unpack(before + pack(step));
   if (w <= p.workers) {
     shared.count[w] = count;
     shared.indptr[w] = first_item(cut, count);
-    p.worker_indptr[w] = shared.indptr[w];
+    last_round[w] = shared.indptr[w];
     if (step.openers) shared.first_slot[count.openers - 1] = slot_before_opener(count);
   }
   PlanHeader header = make_header(p, line, unpack(sum), overflow);
@@ -193,6 +211,8 @@ __device__ __forceinline__ void plan_block(const PlanParams& p, PlanShared<kThre
       WorkItem merge;
       int32_t index;
       if (chunk_merge(p, line, i, &merge, &index)) store(p.merges + index, merge);
+    } else if (i < shared.indptr[0]) {  // before the last round no segment is cut
+      store(p.items + i, whole_item(p, line, i));
     } else {
       int32_t worker = last_not_above(shared.indptr, p.workers, i);
       store(p.items + i,

@@ -42,8 +42,9 @@ class Schedule:
         self.items = plan.items[:items].cpu().numpy()
         self.merges = plan.merges[:merges].cpu().numpy()
         self.workers, self.device = tiles.workers, plan.planner.device
-        self._indptr = plan.worker_indptr.cpu().numpy()
-        self.worker = np.repeat(np.arange(tiles.workers), np.diff(self._indptr))
+        rounds = int(plan.header[9])
+        of_slices = np.diff(plan.worker_indptr[: rounds * tiles.workers + 1].cpu().numpy())
+        self.worker = np.repeat(np.tile(np.arange(tiles.workers), rounds), of_slices)
         wide = (self.items[:, 6] & 1).astype(bool)
         kv_tiles = (self.items[:, 4] - self.items[:, 3]) // tiles.kv
         self.cost = cost.item + kv_tiles * np.where(wide, cost.wide, cost.narrow)
@@ -59,10 +60,12 @@ class Schedule:
         )
 
     def predicted(self) -> Clock:
-        ends = np.concatenate([[0], np.cumsum(self.cost)])
-        begin = ends[:-1] - ends[self._indptr[self.worker]]
-        load = np.diff(ends[self._indptr])
-        fixed = len(self.items) * cost_model().item / max(ends[-1], 1)
+        load = np.bincount(self.worker, self.cost, self.workers)
+        order = np.argsort(self.worker, kind="stable")  # a worker's items, one after the other
+        ends = np.cumsum(self.cost[order])
+        begin = np.empty_like(ends)
+        begin[order] = ends - self.cost[order] - (np.cumsum(load) - load)[self.worker[order]].astype(ends.dtype)
+        fixed = len(self.items) * cost_model().item / max(self.cost.sum(), 1)
         note = f"longest item {self.cost.max(initial=0)}; {fixed:.0%} is the fixed cost of items"
         return Clock(
             "predicted", "units of csrc/cost.h", begin, begin + self.cost, self.worker, load, (note,)

@@ -126,4 +126,10 @@ inline unsigned __ballot_sync(unsigned, int holds) {
   for (unsigned lane = 0; lane < 32; ++lane) bits |= unsigned(of_lane(lane)) << lane;
   return bits;
 }
+// one thread runs at a time
+inline unsigned long long atomicMax(unsigned long long* to, unsigned long long value) {
+  unsigned long long before = *to;
+  if (value > before) *to = value;
+  return before;
+}
 inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
