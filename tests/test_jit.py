@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,6 +250,102 @@ def test_compile_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compile", "--arch", "seven"]) == 2
     assert "expected a compute capability like 8.0 or 9.0a, got 'seven'" in capsys.readouterr().err
     assert main(["compile", "--arch", "7.5"]) == 2
+
+
+def _explained(capsys: pytest.CaptureFixture[str], options: str) -> dict[str, str]:
+    assert main(["explain", *options.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    return {line[2:9].strip() or "and": line[11:] for line in lines}
+
+
+TMA = "TMA; cp.async for tiles with keys that no row sees"
+
+
+@pytest.mark.parametrize(
+    ("options", "flag", "wanted"),
+    [
+        ("", "1", "sm90|every condition of sm90 holds|q_wide 128, q_narrow 64, kv 128"),
+        ("--head-dim 256", "1", "sm90|every condition of sm90 holds|q_wide 128, q_narrow 64, kv 64"),
+        ("", "0", "sm80|FI_SM90=1 is not set|q_wide 128, q_narrow 16, kv 64"),
+        ("--head-dim-vo 192", "1", "sm80|head_dim_vo 192 exceeds head_dim 128|q_wide 64, q_narrow 16, kv 64"),
+        (
+            "--head-dim 96",
+            "1",
+            "sm80|head_dim 96 is not a multiple of 64; head_dim_vo 96 is not a multiple of 64"
+            "|q_wide 128, q_narrow 16, kv 64",
+        ),
+        (
+            "--batch-invariant",
+            "0",
+            "sm80|batch invariant builds are sm80's; FI_SM90=1 is not set|q_wide 128, q_narrow 16, kv 64",
+        ),
+        ("--arch 8.6", "1", "sm80|arch is sm86, not sm90|q_wide 128, q_narrow 16, kv 64"),
+        (
+            "--arch cpu --dtype f32 --head-dim 8",
+            "1",
+            "cpu|the CPU has one executor|q_wide 64, q_narrow 16, kv 64",
+        ),
+    ],
+)
+def test_explain(options: str, flag: str, wanted: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FI_SM90", flag)
+    said = _explained(capsys, options)
+    assert [said[key] for key in ("room", "reason", "tiles")] == wanted.split("|")
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ("--arch cpu", "read in place"),
+        ("--arch 8.0 --page-size 16", "cp.async"),
+        ("--page-size 8", TMA),
+        ("--page-size 256", TMA),
+        ("--page-size 1", "cp.async: page size 1 is not a power of two from 8 up"),
+        ("--page-size 24", "cp.async: page size 24 is not a power of two from 8 up"),
+        ("", f"page sizes that are powers of two from 8 up: {TMA}"),
+    ],
+)
+def test_explain_loads(options: str, wanted: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FI_SM90", "1")
+    said = _explained(capsys, options)
+    assert said["K and V"] == wanted
+    assert said.get("and") == (None if options else "other page sizes: cp.async")
+
+
+def test_explain_says_whether_it_is_built(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = SimpleNamespace(plan_tiles=lambda *_: range(5))  # the real one takes ten seconds
+    monkeypatch.setattr(jit, "core", lambda: core)
+    options = "--arch cpu --dtype f32 --head-dim 8"
+    folder = jit.library(SPEC).folder()
+    assert folder.parent == cache
+    assert _explained(capsys, options)["library"] == f"{folder} (not built)"
+    assert jit.build(jit.library(SPEC)) == folder
+    assert _explained(capsys, options)["library"] == f"{folder} (built)"
+
+
+def test_explain_without_nvcc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def nvcc_version() -> str:
+        raise jit.BuildError("no CUDA compiler")
+
+    monkeypatch.setattr(jit.toolchain, "nvcc_version", nvcc_version)
+    assert _explained(capsys, "")["library"] == "not known on this machine: no CUDA compiler"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--page-size 0", "expected --page-size of at least 1, got 0"),
+        ("--head-dim 72", "expected head_dim to be a multiple of 16 from 16 to 256, got 72"),
+        ("--head-dim-vo 0", "expected head_dim_vo to be a multiple of 16 from 16 to 256, got 0"),
+        ("--dtype f32", "expected dtype bf16 or f16 on sm90, got f32"),
+        ("--arch 7.5", "expected a GPU of compute capability 8.0 or newer, got 7.5"),
+    ],
+)
+def test_explain_refuses(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", *options.split()]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_variants_survive_pickle() -> None:

@@ -96,12 +96,27 @@ class Spec:
         )
 
 
+def choose_room(
+    arch: int, head_dim_qk: int, head_dim_vo: int, batch_invariant: bool
+) -> tuple[int, list[str]]:
+    """Which executor serves these: the folder of csrc, 0 (cpu), 80 or 90; and what keeps them from sm90's."""
+    if arch == CPU:
+        return CPU, ["the CPU has one executor"]
+    conditions = (
+        (arch == 90, f"arch is {arch_name(arch)}, not sm90"),
+        (head_dim_qk % 64 == 0, f"head_dim {head_dim_qk} is not a multiple of 64"),
+        (head_dim_vo % 64 == 0, f"head_dim_vo {head_dim_vo} is not a multiple of 64"),
+        (head_dim_vo <= head_dim_qk, f"head_dim_vo {head_dim_vo} exceeds head_dim {head_dim_qk}"),
+        (not batch_invariant, "batch invariant builds are sm80's"),
+        (env.sm90(), "FI_SM90=1 is not set"),
+    )
+    failed = [reason for holds, reason in conditions if not holds]
+    return 80 if failed else 90, failed
+
+
 def room_of(arch: int, head_dim_qk: int, head_dim_vo: int, batch_invariant: bool) -> int:
-    """Which executor serves these: the folder of csrc, 0 (cpu), 80 or 90. The planner's tiles follow it."""
-    whole_lines = head_dim_qk % 64 == 0 and head_dim_vo % 64 == 0 and head_dim_vo <= head_dim_qk
-    if arch == 90 and whole_lines and not batch_invariant and env.sm90():
-        return 90
-    return CPU if arch == CPU else 80
+    """The room alone. The planner's tiles follow it."""
+    return choose_room(arch, head_dim_qk, head_dim_vo, batch_invariant)[0]
 
 
 def arch_name(arch: int) -> str:
@@ -166,6 +181,10 @@ class Library:
         ):
             digest.update(part.encode() + b"\0")
         return digest.hexdigest()[:20]
+
+    def folder(self) -> Path:
+        """Where the cache keeps it, built or not."""
+        return env.cache_dir() / f"{self.name}-{self.key()}"
 
 
 @functools.cache
@@ -259,7 +278,7 @@ def _locked(path: Path, label: str) -> Iterator[None]:
 def build(lib: Library) -> Path:
     """Folder with lib.so and build.log, compiled now if the cache lacks it. Raises BuildError."""
     cache = env.cache_dir()
-    target = cache / f"{lib.name}-{lib.key()}"
+    target = lib.folder()
     if (target / "lib.so").exists():
         return target
     try:

@@ -1,4 +1,8 @@
-"""Command line of the JIT: `compile` for other machines' GPUs, `warmup` for a model on this one."""
+"""Command line of the JIT.
+
+`compile` builds for other machines' GPUs, `warmup` for a model on this one; `explain` says which kernel a
+spec gets, and why.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +48,9 @@ COMMON = [
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fi_backend.jit", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_compile(commands.add_parser("compile", help="compile GPU kernels; needs nvcc, no GPU"))
+    _add_compile(commands.add_parser("compile", help="compile kernels; needs nvcc, no GPU"))
     _add_warmup(commands.add_parser("warmup", help="build what one model needs on this machine"))
+    _add_explain(commands.add_parser("explain", help="say which kernel a spec gets and why; needs no GPU"))
     args = parser.parse_args(argv)
     if not logging.getLogger().handlers:
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -56,37 +61,46 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _add_compile(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Compiles kernels into the cache and prints what ptxas says of each."
-    parser.add_argument("--arch", default="8.0,9.0a", help="comma-separated, default %(default)s")
+def _add_specs(parser: argparse.ArgumentParser, arch: str) -> None:
+    parser.add_argument(
+        "--arch", default=arch, help="compute capabilities, comma-separated, or cpu; default %(default)s"
+    )
     parser.add_argument(
         "--all-common", action="store_true", help=f"the {len(COMMON)} specs that served models use"
     )
     parser.add_argument("--head-dim", type=int, nargs="+", default=[128], help="default 128")
     parser.add_argument("--head-dim-vo", type=int, help="head dim of V, default --head-dim")
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=["bf16", "f16"], help="default bf16")
+    types = list(jit.DTYPES.values())
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=types, help="default bf16")
     parser.add_argument("--variant", nargs="+", default=["CAUSAL"], help="like CAUSAL+WINDOW, default CAUSAL")
     parser.add_argument("--batch-invariant", action="store_true", help="for Planner(batch_invariant=True)")
+
+
+def _specs(args: argparse.Namespace) -> list[jit.Spec]:
+    wanted = (
+        COMMON
+        if args.all_common
+        else [
+            (dtype, d, d if args.head_dim_vo is None else args.head_dim_vo, variant)
+            for dtype in args.dtype
+            for d in args.head_dim
+            for variant in args.variant
+        ]
+    )
+    arches = [jit.CPU if a.strip() == "cpu" else jit.parse_arch(a) for a in args.arch.split(",")]
+    return [jit.Spec(a, t, qk, vo, parse(v), args.batch_invariant) for a in arches for t, qk, vo, v in wanted]
+
+
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Compiles kernels into the cache and prints what ptxas says of each."
+    _add_specs(parser, "8.0,9.0a")
     parser.add_argument("--fail-on-spill", action="store_true", help="exit 1 if a kernel spills registers")
     parser.add_argument("--jobs", type=int, help="compilers at once, default one per CPU")
     parser.set_defaults(run=_compile)
 
 
 def _compile(args: argparse.Namespace) -> int:
-    wanted = (
-        COMMON
-        if args.all_common
-        else [
-            (dtype, d, args.head_dim_vo or d, variant)
-            for dtype in args.dtype
-            for d in args.head_dim
-            for variant in args.variant
-        ]
-    )
-    arches = [jit.parse_arch(a) for a in args.arch.split(",")]
-    specs = [
-        jit.Spec(a, t, qk, vo, parse(v), args.batch_invariant) for a in arches for t, qk, vo, v in wanted
-    ]
+    specs = _specs(args)
     libs = [lib for lib in jit.needed(specs) if lib.name != "core"]
     start = time.perf_counter()
     folders = jit.build_all(libs, args.jobs)
@@ -139,6 +153,55 @@ def _warmup(args: argparse.Namespace) -> int:
     jit.build_all(jit.needed(specs), args.jobs)
     toolchain.log().info("ready in %.1f s: %s", time.perf_counter() - start, env.cache_dir())
     return 0
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Says which kernel a spec gets and why, how it is shaped, and where the cache keeps it."
+    )
+    _add_specs(parser, "9.0a")
+    parser.add_argument("--page-size", type=int, help="tokens of a page of the KV cache, default: any")
+    parser.set_defaults(run=_explain)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    if args.page_size is not None and args.page_size < 1:
+        raise ValueError(f"expected --page-size of at least 1, got {args.page_size}")
+    for spec in _specs(args):
+        dims = spec.head_dim_qk, spec.head_dim_vo
+        room, reasons = jit.choose_room(spec.arch, *dims, spec.batch_invariant)
+        q_wide, q_narrow, kv = tuple(jit.core().plan_tiles(room, spec.arch, *dims))[:3]
+        print(
+            f"{spec}\n"
+            f"  arch     {jit.arch_name(spec.arch)}\n"
+            f"  room     {jit.arch_name(room)}\n"
+            f"  reason   {'; '.join(reasons) or 'every condition of sm90 holds'}\n"
+            f"  tiles    q_wide {q_wide}, q_narrow {q_narrow}, kv {kv}\n"
+            f"  K and V  {_loads(room, args.page_size)}\n"
+            f"  library  {_place(spec)}"
+        )
+    return 0
+
+
+def _loads(room: int, page_size: int | None) -> str:
+    if room == jit.CPU:
+        return "read in place"
+    if room != 90:
+        return "cp.async"
+    # box_tokens_for and by_boxes in csrc/sm90
+    tma = "TMA; cp.async for tiles with keys that no row sees"
+    if page_size is None:
+        return f"page sizes that are powers of two from 8 up: {tma}\n{' ' * 11}other page sizes: cp.async"
+    boxes = page_size >= 8 and page_size & (page_size - 1) == 0
+    return tma if boxes else f"cp.async: page size {page_size} is not a power of two from 8 up"
+
+
+def _place(spec: jit.Spec) -> str:
+    try:
+        folder = jit.library(spec).folder()
+    except jit.BuildError as error:  # the compiler's version is part of the name
+        return f"not known on this machine: {error}"
+    return f"{folder} ({'built' if (folder / 'lib.so').exists() else 'not built'})"
 
 
 if __name__ == "__main__":
