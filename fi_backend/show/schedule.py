@@ -63,8 +63,9 @@ class Schedule:
         load = np.bincount(self.worker, self.cost, self.workers)
         order = np.argsort(self.worker, kind="stable")  # a worker's items, one after the other
         ends = np.cumsum(self.cost[order])
+        of_earlier = (np.cumsum(load) - load).astype(ends.dtype)  # workers
         begin = np.empty_like(ends)
-        begin[order] = ends - self.cost[order] - (np.cumsum(load) - load)[self.worker[order]].astype(ends.dtype)
+        begin[order] = ends - self.cost[order] - of_earlier[self.worker[order]]
         fixed = len(self.items) * cost_model().item / max(self.cost.sum(), 1)
         note = f"longest item {self.cost.max(initial=0)}; {fixed:.0%} is the fixed cost of items"
         return Clock(
