@@ -6,10 +6,35 @@
 
 namespace fi::sm90 {
 
+int32_t page_shift_of(int32_t page_size) {
+  int32_t shift = 0;
+  while (1 << shift < page_size) ++shift;
+  return 1 << shift == page_size ? shift : -1;
+}
+
+// Launched while the items are still being worked on, so that the launch costs nothing after them.
+__global__ void __launch_bounds__(32 * smxx::kMergeWarps, 2)
+    merge_after_items(const __grid_constant__ AttentionParams p) {
+  wait_for_kernel_before();
+  smxx::merge_rows<Element, Variant, Args, kBatchInvariant, kProfile, kTileQ, kTiles.q_narrow, kDimVo>(p);
+}
+
+cudaError_t launch_merge(const AttentionParams& p, cudaStream_t stream) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = p.workers;
+  config.blockDim = 32 * smxx::kMergeWarps;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, merge_after_items, p);
+}
+
 // Tokens of a box, or 0. Boxes are whole groups of eight swizzled lines, and TMA wants 16-byte strides.
-int32_t box_tokens_for(const KVCache& kv) {
-  bool power_of_two = (kv.page_size & (kv.page_size - 1)) == 0;
-  if (!power_of_two || kv.page_size < 8) return 0;
+int32_t box_tokens_for(const KVCache& kv, int32_t page_shift) {
+  if (page_shift < 3) return 0;
   return kv.page_size < kTileKv ? kv.page_size : kTileKv;
 }
 
@@ -50,7 +75,8 @@ extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_h
   auto stream = static_cast<cudaStream_t>(stream_handle);
   Params params{};
   params.attention = *attention;
-  params.box_tokens = box_tokens_for(attention->kv);
+  params.page_shift = page_shift_of(attention->kv.page_size);
+  params.box_tokens = box_tokens_for(attention->kv, params.page_shift);
   if (params.box_tokens > 0) {
     const fi::KVCache& kv = attention->kv;
     cudaError_t error =
@@ -67,10 +93,7 @@ extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_h
   attention_kernel<<<attention->workers, kThreads, kSmemBytes, stream>>>(params);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  auto merge = fi::smxx::merge_kernel<Element, Variant, Args, kBatchInvariant, kProfile, kTileQ,
-                                      kTiles.q_narrow, kDimVo>;
-  merge<<<attention->workers, 32 * fi::smxx::kMergeWarps, 0, stream>>>(*attention);
-  return cudaGetLastError();
+  return launch_merge(*attention, stream);
 }
 
 extern "C" const char* fi_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -150,10 +150,15 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     prefetch_map(&params.k);
     prefetch_map(&params.v);
   }
+  let_next_kernel_launch();
   __syncthreads();
   if (threadIdx.x < kGroupThreads) {
     give_registers<kProducerRegisters>();
-    Producer(params, smem).run();
+    if (threadIdx.x < kKvThreads) {
+      KvProducer(params, smem).run();
+    } else {
+      QueryProducer(params, smem).run();
+    }
   } else {
     take_registers<kConsumerRegisters>();
     Consumer(params, smem).run();

@@ -19,8 +19,8 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int count = 1) 
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(count) : "memory");
 }
 
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {  // arrives too
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
@@ -57,6 +57,14 @@ __device__ __forceinline__ void copy_box(uint32_t dst, const CUtensorMap* map, u
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map));
+}
+
+// The kernel behind this one in the stream may be launched; it waits for the end of this one by itself.
+__device__ __forceinline__ void let_next_kernel_launch() {
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
 }
 
 // Barriers of some of the block's threads, by number; 0 is __syncthreads.

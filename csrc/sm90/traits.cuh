@@ -11,9 +11,9 @@ constexpr int kGroupThreads = 128;
 constexpr int kConsumers = 2;
 constexpr int kThreads = kGroupThreads * (1 + kConsumers);
 constexpr int kConsumerWarps = 4 * kConsumers;
+constexpr int kKvThreads = 96;  // of the producer's; the last warp loads queries
 constexpr int kGroupRows = 64;  // of a wgmma
 static_assert(kTileQ == kConsumers * kGroupRows && kTiles.q_narrow == kGroupRows, "rows of a warpgroup");
-static_assert(kTileKv <= kGroupThreads, "one producer thread finds one token");
 
 // setmaxnreg: 128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
@@ -35,7 +35,7 @@ constexpr int kVBytes = kTileKv * kLinesVo * kLineBytes;
 constexpr int kSlotBytes = kKBytes;
 
 constexpr int kBlockSmem = 227 * 1024;
-constexpr int kControlBytes = 3072;  // Control in attention.cuh
+constexpr int kControlBytes = 1024;  // Control in attention.cuh
 constexpr int kQStages = kDimQk <= 128 ? 2 : 1;
 constexpr int kRoom = (kBlockSmem - kControlBytes - kQStages * kQBytes) / kSlotBytes;
 constexpr int kSlots = kRoom < 8 ? kRoom : 8;

@@ -84,8 +84,7 @@ __device__ __forceinline__ State join_states(const AttentionParams& p, int begin
 
 template <class Element, class Variant, class Args, bool kInOrder, bool kProfile, int kTileQ,
           int kTileQNarrow, int kDimVo>
-__global__ void __launch_bounds__(32 * kMergeWarps, 2)
-    merge_kernel(const __grid_constant__ AttentionParams p) {
+__device__ __forceinline__ void merge_rows(const AttentionParams& p) {
   Args args = *reinterpret_cast<const Args*>(p.variant_args);
   int lane = threadIdx.x % 32;
   int merges = p.header->merges;
@@ -120,6 +119,13 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 2)
     if constexpr (kProfile) __syncthreads();  // the last warp is done
     if (threadIdx.x == 0) ItemTimer<kProfile>::stop(p, p.header->items + m);
   }
+}
+
+template <class Element, class Variant, class Args, bool kInOrder, bool kProfile, int kTileQ,
+          int kTileQNarrow, int kDimVo>
+__global__ void __launch_bounds__(32 * kMergeWarps, 2)
+    merge_kernel(const __grid_constant__ AttentionParams p) {
+  merge_rows<Element, Variant, Args, kInOrder, kProfile, kTileQ, kTileQNarrow, kDimVo>(p);
 }
 
 }  // namespace fi::smxx
