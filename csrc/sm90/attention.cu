@@ -62,9 +62,11 @@ cudaError_t make_map(CUtensorMap* map, void* base, int64_t page, int64_t token, 
   auto bytes = [](int64_t size, int64_t stride) { return size == 1 ? 16 : cuuint64_t(stride) * 2; };
   cuuint64_t strides[3] = {bytes(sizes[1], token), bytes(sizes[2], head), bytes(sizes[3], page)};
   cuuint32_t box[4] = {kLine, cuuint32_t(box_tokens), 1, 1}, steps[4] = {1, 1, 1, 1};
-  CUresult result = encode(map, type, 4, base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult result =
+      encode(map, type, 4, base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B,
+             head_dim > kLine ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -18,8 +18,8 @@ struct Consumer {
   const AttentionParams& p;
   const Args& args;
   const Smem& smem;
-  int group;           // 0, 1
-  uint32_t loads = 0;  // of all items before
+  int group;                  // 0, 1
+  uint32_t tiles_before = 0;  // of all items before
 
   __device__ Consumer(const Params& all, const Smem& s)
       : params(all),
@@ -42,7 +42,7 @@ struct Consumer {
         } else {
           attend<false>(task, smem.q(stage));
         }
-        loads += 2 * task.tiles;
+        tiles_before += task.tiles;
       }
       __syncwarp();
       if (threadIdx.x % 32 == 0) barrier_arrive(smem.q_empty(stage));
@@ -50,14 +50,17 @@ struct Consumer {
     if (group == 0) named_sync(kTurnBarrier, 2 * kGroupThreads);  // takes the arrival that is left
   }
 
-  __device__ __forceinline__ uint32_t wait_for(uint32_t load, bool boxes) const {
-    barrier_wait(smem.full(load), load / kSlots & 1);
+  // Slot of tile n, which has arrived.
+  template <class Ring>
+  __device__ __forceinline__ uint32_t wait_for(const Ring& ring, uint32_t n, bool boxes) const {
+    ring.wait_full(n);
     if (!boxes) fence_async_proxy();  // it came by cp.async
-    return smem.slot(load);
+    return ring.slot(n);
   }
 
-  __device__ __forceinline__ void release(uint32_t load) const {
-    if (threadIdx.x % 32 == 0) barrier_arrive(smem.empty(load));
+  template <class Ring>
+  __device__ __forceinline__ void release(const Ring& ring, uint32_t n) const {
+    if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty_of(n));
   }
 
   template <bool kWide>
@@ -77,44 +80,45 @@ struct Consumer {
       Probabilities<kTokens> probabilities;
       float keep[2];
       bool boxes = by_boxes(params, task, 0);
-      uint32_t load = loads, slot = wait_for(load, boxes);
+      uint32_t n = tiles_before, slot = wait_for(smem.k, n, boxes);
       products_fence();
       issue_scores<kTokens>(s, rows, slot + half);
       products_commit();
       products_wait<0>(s);
-      release(load);
-      state.step<kTokens>(s, keep, token);
+      release(smem.k, n);
+      state.step<kTokens, 0>(s, keep[0], token);
+      state.step<kTokens, 1>(s, keep[1], token);
       RowState::pack<kTokens>(probabilities, s);
       for (int tile = 1; tile < tiles; ++tile) {
         bool v_boxes = boxes;
-        uint32_t v_load = load + 1;
-        load += 2;
-        token += kTileKv;
         boxes = by_boxes(params, task, tile);
-        slot = wait_for(load, boxes);
+        token += kTileKv;
+        slot = wait_for(smem.k, n + 1, boxes);
         if constexpr (kWide) named_sync(kTurnBarrier + group, 2 * kGroupThreads);
         products_fence();
         issue_scores<kTokens>(s, rows, slot + half);
         products_commit();
-        slot = wait_for(v_load, v_boxes);
+        slot = wait_for(smem.v, n, v_boxes);
         products_fence();
         issue_outputs<kTokens>(o, probabilities, slot + half);
         products_commit();
         if constexpr (kWide) named_arrive(kTurnBarrier + 1 - group, 2 * kGroupThreads);
         products_wait<1>(s);
-        release(load);
-        state.step<kTokens>(s, keep, token);
-        products_wait<0>(o);
-        release(v_load);
+        release(smem.k, n + 1);
+        state.step<kTokens, 0>(s, keep[0], token);
+        products_wait<0>(o);  // not after the second row: V's slot is wanted
+        release(smem.v, n);
+        state.step<kTokens, 1>(s, keep[1], token);
         RowState::rescale(o, keep);
         RowState::pack<kTokens>(probabilities, s);
+        ++n;
       }
-      slot = wait_for(load + 1, boxes);
+      slot = wait_for(smem.v, n, boxes);
       products_fence();
       issue_outputs<kTokens>(o, probabilities, slot + half);
       products_commit();
       products_wait<0>(o);
-      release(load + 1);
+      release(smem.v, n);
     }
     state.finish();
     if constexpr (kWide) {

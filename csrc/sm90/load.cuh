@@ -95,17 +95,27 @@ struct PageWindow {
   }
 };
 
-// K0 V0 K1 V1 ... into the ring: boxes by the first warp, tokens gathered by all three. All three wait for
-// every slot, in order: a barrier tells two rounds apart, not three.
+// Where a KV tile comes from, as one lane sees it. boxes: the lane's box of K and of V. Otherwise two of its
+// warp's tokens.
+struct Source {
+  bool boxes;
+  TokenPlace at[2];
+};
+
+// K0 K1 V0 K2 V1 ... as the consumers want them.
 struct KvProducer {
+  static constexpr int kWarps = kKvThreads / 32;
+  // A warp gathers kRows tokens at a time, a lane 16 bytes of one: tokens kRows * (kWarps * pass + warp) + i.
+  static constexpr int kRows = kLinesQk < 4 ? 4 / kLinesQk : 1;
+
   const Params& params;
   const AttentionParams& p;
   const Smem& smem;
-  int thread;
-  uint32_t loads = 0;
+  int lane, warp;
+  uint32_t k_tiles = 0, v_tiles = 0;
 
   __device__ KvProducer(const Params& all, const Smem& s)
-      : params(all), p(all.attention), smem(s), thread(threadIdx.x) {}
+      : params(all), p(all.attention), smem(s), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
 
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {
@@ -113,92 +123,126 @@ struct KvProducer {
       barrier_wait(smem.task_full(stage), n / kQStages & 1);
       const Task& task = smem.task(stage);
       if (task.request < 0) return;
-      load_tiles(task);
-      loads += 2 * task.tiles;
+      if (task.tiles > 0) load_tiles(task);
       __syncwarp();
-      if (thread % 32 == 0) barrier_arrive(smem.q_empty(stage));
+      if (lane == 0) barrier_arrive(smem.q_empty(stage));
     }
   }
 
  private:
-  __device__ __forceinline__ uint32_t acquire(uint32_t load) const {
-    barrier_wait(smem.empty(load), load / kSlots & 1 ^ 1);
-    return smem.slot(load);
+  __device__ __forceinline__ void load_tiles(const Task& task) {
+    PageWindow window(params, task);
+    Source next = find_tile(task, window, 0), before;
+    for (int t = 0; t < task.tiles; ++t) {
+      Source source = next;
+      if (t + 1 < task.tiles) next = find_tile(task, window, t + 1);
+      load_k(task, source);
+      if (t > 0) load_v(task, before);
+      before = source;
+    }
+    load_v(task, before);
   }
 
-  __device__ __forceinline__ void load_tiles(const Task& task) const {
-    PageWindow window(params, task);
-    int first = thread * params.box_tokens;  // of this lane's box, in the tile
-    for (int t = 0; t < task.tiles; ++t) {
-      uint32_t load = loads + 2 * t;
-      int token = task.first_token + t * kTileKv;
-      if (!by_boxes(params, task, t)) {
-        gather<kLinesQk>(task, load, token, task.k, p.kv.k_page, p.kv.k_token);
-        gather<kLinesVo>(task, load + 1, token, task.v, p.kv.v_page, p.kv.v_token);
-      } else if (thread < 32) {
-        token += first < kTileKv ? first : 0;
-        int page = window.page_of(token), offset = token & ((1 << params.page_shift) - 1);
-        copy_boxes<kLinesQk>(load, &params.k, first, offset, task.kv_head, page);
-        copy_boxes<kLinesVo>(load + 1, &params.v, first, offset, task.kv_head, page);
-      } else {
-        acquire(load);
-        acquire(load + 1);
-      }
+  __device__ __forceinline__ void load_k(const Task& task, const Source& source) {
+    smem.k.wait_empty(k_tiles);
+    uint32_t slot = smem.k.slot(k_tiles), full = smem.k.full_of(k_tiles);
+    ++k_tiles;
+    if (source.boxes) {
+      copy_boxes<kLinesQk>(slot, full, &params.k, task.kv_head, source.at[0]);
+    } else {
+      gather<kLinesQk>(slot, full, source, task.k, p.kv.k_page, p.kv.k_token);
     }
   }
 
+  __device__ __forceinline__ void load_v(const Task& task, const Source& source) {
+    smem.v.wait_empty(v_tiles);
+    uint32_t slot = smem.v.slot(v_tiles), full = smem.v.full_of(v_tiles);
+    ++v_tiles;
+    if (source.boxes) {
+      copy_boxes<kLinesVo>(slot, full, &params.v, task.kv_head, source.at[1]);
+    } else {
+      gather<kLinesVo>(slot, full, source, task.v, p.kv.v_page, p.kv.v_token);
+    }
+  }
+
+  __device__ __forceinline__ Source find_tile(const Task& task, PageWindow& window, int t) const {
+    int token = task.first_token + t * kTileKv;
+    if (by_boxes(params, task, t)) {
+      TokenPlace k = find_box<kLinesQk>(window, token);
+      if constexpr (kLinesQk == kLinesVo) return {true, {k, k}};
+      return {true, {k, find_box<kLinesVo>(window, token)}};
+    }
+    return {false, {find_token(task, token, lane), find_token(task, token, lane + 32)}};
+  }
+
+  // Boxes are dealt out to the warps: a warp issues one at a time.
+  __device__ __forceinline__ int box() const { return lane * kWarps + warp; }
+
   template <int kLines>
-  __device__ __forceinline__ void copy_boxes(uint32_t load, const CUtensorMap* map, int first, int offset,
-                                             int head, int page) const {
-    uint32_t slot = acquire(load), full = smem.full(load);
-    if (thread == 0) {
+  __device__ __forceinline__ TokenPlace find_box(PageWindow& window, int token) const {
+    int first = box() / kLines * params.box_tokens;
+    token += first < kTileKv ? first : 0;
+    return {window.page_of(token), token & ((1 << params.page_shift) - 1)};
+  }
+
+  template <int kLines>
+  __device__ __forceinline__ void copy_boxes(uint32_t slot, uint32_t full, const CUtensorMap* map, int head,
+                                             TokenPlace at) const {
+    if (threadIdx.x == 0) {
       barrier_expect(full, kTileKv * kLines * kLineBytes);
       barrier_arrive(full, kKvThreads);
     }
     __syncwarp();
+    int first = box() / kLines * params.box_tokens, line = box() % kLines;
     if (first >= kTileKv) return;
-#pragma unroll
-    for (int line = 0; line < kLines; ++line) {
-      copy_box(slot + (line * kTileKv + first) * kLineBytes, map, full, line * kLine, offset, head, page);
-    }
+    copy_box(slot + (line * kTileKv + first) * kLineBytes, map, full, line * kLine, at.offset, head, at.page);
   }
 
-  // Tokens outside the tile's keys become zero, unread. base already points at the KV head.
-  template <int kLines>
-  __device__ __forceinline__ void gather(const Task& task, uint32_t load, int token, const Element* base,
-                                         int64_t page_stride, int64_t token_stride) const {
-    constexpr int kChunks = kLines * 8, kRows = kKvThreads / kChunks, kBatch = 8;
-    static_assert(kKvThreads % kChunks == 0, "a thread's copies lie in one column");
-    uint32_t slot = acquire(load);
-    int chunk = thread % kChunks, first = thread / kChunks;
-    for (int row0 = first; row0 < kTileKv; row0 += kRows * kBatch) {
-      TokenPlace places[kBatch];  // looked up side by side
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        int row = row0 + i * kRows;
-        places[i] = row < kTileKv ? find(task, token + row) : TokenPlace{-1, 0};
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        int row = row0 + i * kRows;
-        if (row >= kTileKv) break;
-        bool valid = places[i].page >= 0;
-        const Element* src =
-            base + (valid ? places[i].page * page_stride + places[i].offset * token_stride : 0) + chunk * 8;
-        copy_async_16(slot + chunk_offset<kTileKv>(row, chunk), src, valid);
-      }
-    }
-    barrier_arrive_copies(smem.full(load));
+  // n: of the warp's tokens, in its order
+  __device__ __forceinline__ int token_of(int n) const {
+    return kRows * (n / kRows * kWarps + warp) + n % kRows;
   }
 
   // Task::find, with shifts for divisions where the page size allows.
-  __device__ __forceinline__ TokenPlace find(const Task& task, int token) const {
+  __device__ __forceinline__ TokenPlace find_token(const Task& task, int tile_token, int n) const {
+    int token = tile_token + token_of(n);
+    if (token_of(n) >= kTileKv || token < task.key_begin || token >= task.key_end) return {-1, 0};
     if (params.page_shift < 0) return task.find(p, token);
-    if (token < task.key_begin || token >= task.key_end) return {-1, 0};
     int page = token >> params.page_shift;
     int entry = task.entries[int64_t(page) * p.batch.entry_step];
     return {p.batch.entries_are_slots ? entry >> params.page_shift : entry,
             token - (page << params.page_shift)};
+  }
+
+  // Tokens that are not keys of the tile become zero, unread. base already points at the KV head.
+  template <int kLines>
+  __device__ __forceinline__ void gather(uint32_t slot, uint32_t full, const Source& source,
+                                         const Element* base, int64_t page_stride,
+                                         int64_t token_stride) const {
+    constexpr int kChunks = kLines * 8;
+    constexpr int kPasses = (kTileKv + kRows * kWarps - 1) / (kRows * kWarps);
+    static_assert(kRows * kChunks <= 32 && kRows * kPasses <= 64, "two tokens a lane");
+    constexpr int kHalf = 32 / kRows;  // passes over the first token of every lane
+    gather_passes < kChunks, 0,
+        kPasses<kHalf ? kPasses : kHalf>(slot, source.at[0], base, page_stride, token_stride);
+    gather_passes<kChunks, kHalf, kPasses>(slot, source.at[1], base, page_stride, token_stride);
+    barrier_arrive_copies(full);
+  }
+
+  template <int kChunks, int kFirst, int kEnd>
+  __device__ __forceinline__ void gather_passes(uint32_t slot, TokenPlace held, const Element* base,
+                                                int64_t page_stride, int64_t token_stride) const {
+    int in_pass = lane / kChunks, chunk = lane % kChunks;
+#pragma unroll 4
+    for (int pass = kFirst; pass < kEnd; ++pass) {
+      int n = kRows * pass + in_pass;
+      TokenPlace at{__shfl_sync(~0u, held.page, n), __shfl_sync(~0u, held.offset, n)};
+      int row = token_of(n);
+      if (in_pass >= kRows || row >= kTileKv) continue;
+      bool valid = at.page >= 0;
+      const Element* src = base + (valid ? at.page * page_stride + at.offset * token_stride : 0) + chunk * 8;
+      copy_async_16(slot + chunk_offset<kTileKv>(row, chunk), src, valid);
+    }
   }
 };
 

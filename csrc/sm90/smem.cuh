@@ -26,31 +26,50 @@ enum NamedBarrier : int {
   kGroupBarrier = kTurnBarrier + kConsumers,  // + warpgroup
 };
 
-// Barriers by event. Loads are counted; load n goes to slot n % kSlots, in round n / kSlots.
-struct Control {
-  uint64_t full[kSlots], empty[kSlots];
+struct Control {  // barriers are named by their event
+  uint64_t k_full[kKSlots], k_empty[kKSlots], v_full[kVSlots], v_empty[kVSlots];
   uint64_t task_full[kQStages], q_full[kQStages], q_empty[kQStages];
   Task task[kQStages];
   float2 states[kGroupRows];  // max and sum of the second warpgroup's rows, narrow tiles
 };
 static_assert(sizeof(Control) <= kControlBytes, "kControlBytes");
 
+// Tile n goes to slot n % kSlots, in round n / kSlots. A barrier tells two rounds apart, not three: whoever
+// waits must wait for every tile, in order.
+template <int kSlots, int kBytes>
+struct Ring {
+  uint32_t slots, full, empty;
+
+  __device__ Ring(uint32_t place, const uint64_t* full_barriers, const uint64_t* empty_barriers)
+      : slots(place), full(smem_address(full_barriers)), empty(smem_address(empty_barriers)) {}
+
+  __device__ __forceinline__ uint32_t slot(uint32_t n) const { return slots + n % kSlots * kBytes; }
+  __device__ __forceinline__ uint32_t full_of(uint32_t n) const { return full + n % kSlots * 8; }
+  __device__ __forceinline__ uint32_t empty_of(uint32_t n) const { return empty + n % kSlots * 8; }
+  __device__ __forceinline__ void wait_full(uint32_t n) const { barrier_wait(full_of(n), n / kSlots & 1); }
+  __device__ __forceinline__ void wait_empty(uint32_t n) const {
+    barrier_wait(empty_of(n), n / kSlots & 1 ^ 1);
+  }
+  __device__ __forceinline__ void init() const {
+    for (int n = 0; n < kSlots; ++n) {
+      barrier_init(full_of(n), kKvThreads);
+      barrier_init(empty_of(n), kConsumerWarps);
+    }
+  }
+};
+
 struct Smem {
   Control& control;
-  uint32_t ring, queries;
+  Ring<kKSlots, kKBytes> k;
+  Ring<kVSlots, kVBytes> v;
+  uint32_t queries;
 
   __device__ explicit Smem(unsigned char* base)
-      : control(*reinterpret_cast<Control*>(base + kSlots * kSlotBytes + kQStages * kQBytes)),
-        ring(smem_address(base)),
-        queries(ring + kSlots * kSlotBytes) {}
+      : control(*reinterpret_cast<Control*>(base + kRingBytes + kQStages * kQBytes)),
+        k(smem_address(base), control.k_full, control.k_empty),
+        v(k.slots + kKSlots * kKBytes, control.v_full, control.v_empty),
+        queries(k.slots + kRingBytes) {}
 
-  __device__ __forceinline__ uint32_t slot(uint32_t load) const { return ring + load % kSlots * kSlotBytes; }
-  __device__ __forceinline__ uint32_t full(uint32_t load) const {
-    return smem_address(control.full) + load % kSlots * 8;
-  }
-  __device__ __forceinline__ uint32_t empty(uint32_t load) const {
-    return smem_address(control.empty) + load % kSlots * 8;
-  }
   __device__ __forceinline__ uint32_t q(int stage) const { return queries + stage * kQBytes; }
   __device__ __forceinline__ uint32_t task_full(int stage) const {
     return smem_address(control.task_full + stage);
@@ -62,10 +81,8 @@ struct Smem {
   __device__ __forceinline__ Task& task(int stage) const { return control.task[stage]; }
 
   __device__ __forceinline__ void init_barriers() const {
-    for (int i = 0; i < kSlots; ++i) {
-      barrier_init(full(i), kKvThreads);
-      barrier_init(empty(i), kConsumerWarps);
-    }
+    k.init();
+    v.init();
     for (int i = 0; i < kQStages; ++i) {
       barrier_init(task_full(i), 1);
       barrier_init(q_full(i), 32);

@@ -40,38 +40,34 @@ struct RowState {
   __device__ __forceinline__ int packed(int i) const { return task.begin + first_row + 8 * i; }
   __device__ __forceinline__ Row row(int i) const { return task.row(p, packed(i)); }
 
-  // Scores into weights. keep: what each row's sums so far are to be multiplied by. token: the first in the
-  // request.
-  template <int kTokens>
-  __device__ __forceinline__ void step(Scores<kTokens>& s, float (&keep)[2], int token) {
+  // Scores of one of the two rows into weights. keep: what its sums so far are to be multiplied by. token:
+  // the first of the scores, in the request.
+  template <int kTokens, int kRow>
+  __device__ __forceinline__ void step(Scores<kTokens>& s, float& keep, int token) {
     int first = token + threadIdx.x % 4 * 2;
-    bool masked = token < all_rows.begin || token + kTokens > all_rows.end;
+    if constexpr (Variant::kHasLogits) {
+      Row r = row(kRow);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if constexpr (Variant::kHasLogits) {
-        Row r = row(half);
+      for (int n = 0; n < kTokens / 8; ++n)
 #pragma unroll
-        for (int n = 0; n < kTokens / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float& x = s[4 * n + 2 * half + i];
-            x = kLog2e * Variant::logits(args, x * p.scale, r, first + 8 * n + i);
-          }
-      }
-      if (masked) {
-        Row r = row(half);
-        KeyRange k = Variant::keys(args, r);
-#pragma unroll
-        for (int n = 0; n < kTokens / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            int t = first + 8 * n + i;
-            bool seen = Variant::sees(args, r, t);  // before the range: one load a row, not one a key
-            if (!seen || t < k.begin || t >= k.end) s[4 * n + 2 * half + i] = -INFINITY;
-          }
-      }
-      step_row<kTokens>(s, keep[half], half);
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[4 * n + 2 * kRow + i];
+          x = kLog2e * Variant::logits(args, x * p.scale, r, first + 8 * n + i);
+        }
     }
+    if (token < all_rows.begin || token + kTokens > all_rows.end) {
+      Row r = row(kRow);
+      KeyRange k = Variant::keys(args, r);
+#pragma unroll
+      for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          int t = first + 8 * n + i;
+          bool seen = Variant::sees(args, r, t);  // before the range: one load a row, not one a key
+          if (!seen || t < k.begin || t >= k.end) s[4 * n + 2 * kRow + i] = -INFINITY;
+        }
+    }
+    step_row<kTokens>(s, keep, kRow);
   }
 
   __device__ __forceinline__ static void rescale(Output& o, const float (&keep)[2]) {

@@ -16,7 +16,7 @@ constexpr int kGroupRows = 64;  // of a wgmma
 static_assert(kTileQ == kConsumers * kGroupRows && kTiles.q_narrow == kGroupRows, "rows of a warpgroup");
 
 // setmaxnreg: 128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+constexpr int kProducerRegisters = 64, kConsumerRegisters = 216;
 
 // A tile in shared memory: blocks of 64 columns; in a block each row is one swizzled line of 128 bytes. That
 // is what TMA writes and wgmma reads with 128-byte swizzle.
@@ -32,15 +32,16 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {  // chunk
 constexpr int kQBytes = kTileQ * kLinesQk * kLineBytes;
 constexpr int kKBytes = kTileKv * kLinesQk * kLineBytes;
 constexpr int kVBytes = kTileKv * kLinesVo * kLineBytes;
-constexpr int kSlotBytes = kKBytes;
 
 constexpr int kBlockSmem = 227 * 1024;
-constexpr int kControlBytes = 1024;  // Control in attention.cuh
+constexpr int kControlBytes = 1024;  // Control in smem.cuh
 constexpr int kQStages = kDimQk <= 128 ? 2 : 1;
-constexpr int kRoom = (kBlockSmem - kControlBytes - kQStages * kQBytes) / kSlotBytes;
-constexpr int kSlots = kRoom < 8 ? kRoom : 8;
-static_assert(kSlots >= 4, "a consumer holds two slots, and two are being filled");
-constexpr int kSmemBytes = kQStages * kQBytes + kSlots * kSlotBytes + kControlBytes;
+constexpr int kRoom = kBlockSmem - kControlBytes - kQStages * kQBytes;
+constexpr int kVSlots = kRoom / (kKBytes + kVBytes);
+constexpr int kKSlots = kVSlots + (kRoom - kVSlots * (kKBytes + kVBytes) >= kKBytes ? 1 : 0);
+static_assert(kVSlots >= 2, "one is read while the other is filled");
+constexpr int kRingBytes = kKSlots * kKBytes + kVSlots * kVBytes;
+constexpr int kSmemBytes = kRingBytes + kQStages * kQBytes + kControlBytes;
 // narrow tiles: one warpgroup hands its sums to the other through Q's place
 static_assert(kGroupRows * kDimVo * 4 <= kQBytes, "exchange");
 
