@@ -27,6 +27,7 @@ extern "C" void paper_plan(const int32_t* qo_indptr, const int32_t* kv_len, int3
   p.qo_indptr = qo_indptr, p.kv_len = kv_len, p.num_requests = num_requests, p.kv_heads = kv_heads,
   p.group = group;
   p.tile_q_wide = q_wide, p.tile_q_narrow = q_narrow, p.tile_kv = tile_kv, p.causal = 1;
+  p.cost = costs_for(kRoomSm80);
 
   std::vector<Segment> segments;
   int64_t tiles = 0;
@@ -47,7 +48,7 @@ extern "C" void paper_plan(const int32_t* qo_indptr, const int32_t* kv_len, int3
       for (int32_t begin = 0; begin == 0 || begin < s.tiles; begin += chunk) {
         int32_t end = std::min(s.tiles, begin + chunk);
         pieces.push_back({make_item(p, s, head, begin, end, split ? int32_t(slots++) : -1),
-                          kItemCost + int64_t(end - begin) * tile_cost(s.wide)});
+                          p.cost.item + int64_t(end - begin) * tile_cost(p.cost, s.wide)});
       }
     }
   }

@@ -1,27 +1,33 @@
 // The cost model of the planner: the one home of its numbers. Units are arbitrary; only ratios matter.
 #pragma once
 #include "params.h"
+#include "tiles.h"
 
 namespace fi {
 
-// cost of a work item = kItemCost + KV tiles * tile_cost(wide)
-constexpr int32_t kItemCost = 6;        // load Q, fill the pipeline, store
-constexpr int32_t kNarrowTileCost = 4;  // one KV tile against a narrow row tile
-constexpr int32_t kWideTileCost = 6;    // and against a wide one
-constexpr int32_t kMinTiles = 1;        // a row tile is never cut into pieces of fewer KV tiles
-constexpr int32_t kMinSlice = 16;       // workers stay idle rather than get less than this
+// cost of a work item = item + KV tiles * tile_cost. item: load Q, fill the pipeline, store. narrow, wide:
+// one KV tile against a row tile.
+FI_HD constexpr Costs costs_for(int32_t room) {
+  // H100, head dim 128, 128 keys a tile: an item takes 4 us beside its tiles, a wide tile 2.0 us; a narrow
+  // one 3.0 us where all workers have such, less beside wide ones, which leave memory to them
+  if (room == kRoomSm90) return {12, 5, 6};
+  return {6, 4, 6};
+}
+FI_HD constexpr int32_t tile_cost(const Costs& c, bool wide) { return wide ? c.wide : c.narrow; }
 
-FI_HD constexpr int32_t tile_cost(bool wide) { return wide ? kWideTileCost : kNarrowTileCost; }
+constexpr int32_t kMinTiles = 1;   // a row tile is never cut into pieces of fewer KV tiles
+constexpr int32_t kMinSlice = 16;  // workers stay idle rather than get less than this
 
-constexpr int32_t kWidestTile = kWideTileCost > kNarrowTileCost ? kWideTileCost : kNarrowTileCost;
+constexpr int32_t kWidestTile = 6;
 // The longest item that is never cut. No worker exceeds max(mean, kMinSlice) by more than this.
-constexpr int32_t kUncutCost = kItemCost + (2 * kMinTiles - 1) * kWidestTile;
+FI_HD constexpr int32_t uncut_cost(const Costs& c) { return c.item + (2 * kMinTiles - 1) * kWidestTile; }
 
-// Fewer units than workers: each unit gets workers of its own if none then exceeds slice + kSpreadSlack.
-constexpr int32_t kSpreadSlack = kItemCost;
+// Fewer units than workers: each unit gets workers of its own if none then exceeds slice + its item's cost.
 constexpr int32_t kSpreadTries = 32;  // one warp of the device planner each
-static_assert(kSpreadSlack + kWidestTile <= kUncutCost, "spreading keeps the load bound");
 
+FI_HD constexpr bool fits(const Costs& c) { return c.narrow <= kWidestTile && c.wide <= kWidestTile; }
+static_assert(fits(costs_for(kRoomCpu)) && fits(costs_for(kRoomSm80)) && fits(costs_for(kRoomSm90)),
+              "kWidestTile");
 // Two cuts inside one tile then lie at least kMinTiles apart: numbering relies on their being distinct.
 static_assert(kMinTiles >= 1 && kMinSlice >= kMinTiles * kWidestTile,
               "slices may not be shorter than a piece");

@@ -111,6 +111,10 @@ struct AppendParams {
   int32_t element_bytes;
 };
 
+struct Costs {  // see cost.h
+  int32_t item, narrow, wide;
+};
+
 // Input and output of a planner, host or device. All output pointers lie in the plan buffer.
 struct PlanParams {
   const int32_t* qo_indptr;  // [num_requests + 1]
@@ -120,9 +124,10 @@ struct PlanParams {
   int32_t group;
   int32_t workers;
   int32_t tile_q_wide, tile_q_narrow, tile_kv;
-  int32_t causal;       // 1: keys after the row's own position are pruned
-  int32_t window;       // keys (q - window, q] are kept; 0: no window
-  int32_t max_rounds;   // that the executor can walk
+  int32_t causal;      // 1: keys after the row's own position are pruned
+  int32_t window;      // keys (q - window, q] are kept; 0: no window
+  int32_t max_rounds;  // that the executor can walk
+  Costs cost;
   int32_t chunk_tiles;  // batch invariant: requests of one narrow tile are cut every so many KV tiles; 0: off
   int32_t max_segments;  // capacities
   int32_t max_items;

@@ -103,7 +103,9 @@ FI_HD Segment segment_at(const PlanParams& p, int32_t request, int32_t index) {
   return r.wide ? row_tile(p, request, r, index) : chunk_of(p, row_tile(p, request, r, 0), index);
 }
 
-FI_HD int64_t segment_cost(const Segment& s) { return kItemCost + int64_t(s.tiles) * tile_cost(s.wide); }
+FI_HD int64_t segment_cost(const PlanParams& p, const Segment& s) {
+  return p.cost.item + int64_t(s.tiles) * tile_cost(p.cost, s.wide);
+}
 
 // The cost line, and where its tables can be read.
 struct Line {
@@ -136,18 +138,18 @@ FI_HD void measure(Line* line, const PlanParams& p) {
 FI_HD int32_t spread_workers(const PlanParams& p) { return p.workers / p.kv_heads; }
 
 FI_HD int64_t spread_least(const PlanParams& p, const Line& line) {
-  int64_t tiles = line.start[line.segments] - int64_t(line.segments) * kItemCost;
-  return at_least(ceil_div(tiles, spread_workers(p)), kMinSlice - kItemCost);
+  int64_t tiles = line.start[line.segments] - int64_t(line.segments) * p.cost.item;
+  return at_least(ceil_div(tiles, spread_workers(p)), at_least(kMinSlice - p.cost.item, 1));
 }
 
 // Below spread_least(): do not spread.
 FI_HD int64_t spread_limit(const PlanParams& p, const Line& line) {
   if (p.chunk_tiles > 0 || line.segments == 0 || line.segments > spread_workers(p)) return -1;
-  return at_most(line.slice + kSpreadSlack - kItemCost, spread_least(p, line) + kSpreadTries - 1);
+  return at_most(line.slice, spread_least(p, line) + kSpreadTries - 1);
 }
 
-FI_HD int32_t pieces_of(const Line& line, int32_t s, int64_t most) {
-  int64_t tiles = line.start[s + 1] - line.start[s] - kItemCost;
+FI_HD int32_t pieces_of(const PlanParams& p, const Line& line, int32_t s, int64_t most) {
+  int64_t tiles = line.start[s + 1] - line.start[s] - p.cost.item;
   return int32_t(at_least(at_most(ceil_div(tiles, most), tiles / (kMinTiles * kWidestTile)), 1));
 }
 
@@ -217,7 +219,8 @@ FI_HD Cut cut_before(const PlanParams& p, const Line& line, int32_t w, int64_t x
     return {unit + (into > line.start[s + 1] - y ? 1 : 0), 0};
   }
   Segment segment = segment_at(p, line.request[s], line.tile[s]);
-  int64_t tile = at_most(ceil_div(at_least(into - kItemCost, 0), tile_cost(segment.wide)), segment.tiles);
+  int64_t tile =
+      at_most(ceil_div(at_least(into - p.cost.item, 0), tile_cost(p.cost, segment.wide)), segment.tiles);
   if (tile < kMinTiles) return {unit, 0};
   if (segment.tiles - tile < kMinTiles) return {unit + 1, 0};
   return {unit, int32_t(tile)};

@@ -9,7 +9,6 @@ struct Tiles {
   int32_t q_narrow;     // rows of a decode tile; a request with at most this many packed rows is narrow
   int32_t kv;           // KV tokens of a tile
   int32_t ctas_per_sm;  // persistent CTAs on one multiprocessor; CPU: workers per thread
-  int32_t max_rounds;   // of a plan, see schedule.h; 1: the executor walks one slice a worker
 };
 
 // Batch invariant: rows are joined from chunks of so many KV tiles, on multiples of them.
@@ -18,14 +17,17 @@ constexpr int32_t kChunkTiles = 32;
 // Executors, by folder; fi_backend/jit says which one a spec gets.
 constexpr int kRoomCpu = 0, kRoomSm80 = 80, kRoomSm90 = 90;
 
+// Slices of a plan that the executor can walk a worker, see schedule.h.
+FI_HD constexpr int32_t max_rounds_for(int room) { return room == kRoomSm90 ? 32 : 1; }
+
 // arch: 0 for the CPU executor, else 80, 86, 89, 90, ...
 FI_HD constexpr Tiles tiles_for(int room, int arch, int head_dim_qk, int head_dim_vo) {
   int widest = head_dim_qk > head_dim_vo ? head_dim_qk : head_dim_vo;
-  if (room == kRoomCpu) return {64, 16, 64, 4, 1};
-  if (room == kRoomSm90) return {128, 64, widest > 128 ? 64 : 128, 1, 32};  // 64 rows a warpgroup
-  if (widest > 128) return {64, 16, 64, 1, 1};  // 16 rows a warp: 32 would not fit the registers
-  bool small_smem = arch == 86 || arch == 89;   // 99 KiB a multiprocessor
-  return {128, 16, 64, small_smem ? 1 : 2, 1};
+  if (room == kRoomCpu) return {64, 16, 64, 4};
+  if (room == kRoomSm90) return {128, 64, widest > 128 ? 64 : 128, 1};  // 64 rows a warpgroup
+  if (widest > 128) return {64, 16, 64, 1};    // 16 rows a warp: 32 would not fit the registers
+  bool small_smem = arch == 86 || arch == 89;  // 99 KiB a multiprocessor
+  return {128, 16, 64, small_smem ? 1 : 2};
 }
 
 }  // namespace fi

@@ -26,14 +26,14 @@ _RING = 4  # plans whose copies to the device may be in flight
 class Tiles:
     """Shape of the work: rows of a wide and of a narrow row tile, KV tokens of a tile, persistent workers.
 
-    max_rounds: slices of the work that the executor can walk a worker (csrc/schedule.h).
+    room: the executor they are for, 0 (cpu), 80 or 90: its costs, and in how many rounds it can walk a plan.
     """
 
     q_wide: int
     q_narrow: int
     kv: int
     workers: int
-    max_rounds: int = 1
+    room: int = 80
 
     @classmethod
     def for_device(
@@ -58,8 +58,8 @@ class Tiles:
         """What a device with so many multiprocessors or threads has. arch: 0 for a CPU, else 80, 90, ..."""
         room = jit.room_of(arch, head_dim_qk, head_dim_vo, batch_invariant)
         numbers = jit.core().plan_tiles(room, arch, head_dim_qk, head_dim_vo)
-        q_wide, q_narrow, kv, per_unit, most, max_rounds = numbers
-        return cls(q_wide, q_narrow, kv, min(units * per_unit, most), max_rounds)
+        q_wide, q_narrow, kv, per_unit, most = numbers
+        return cls(q_wide, q_narrow, kv, min(units * per_unit, most), room)
 
 
 class CostModel(NamedTuple):
@@ -74,8 +74,9 @@ class CostModel(NamedTuple):
     chunk_tiles: int
 
 
-def cost_model() -> CostModel:
-    return CostModel(*jit.core().plan_cost_model())
+def cost_model(room: int = 80) -> CostModel:
+    """room: of the executor, 0 (cpu), 80 or 90."""
+    return CostModel(*jit.core().plan_cost_model(room))
 
 
 class _Layout(NamedTuple):
@@ -85,6 +86,7 @@ class _Layout(NamedTuple):
     max_items: int
     max_slots: int
     max_merges: int
+    max_slices: int
     worker_indptr: int
     merges: int
     segment_start: int
@@ -174,7 +176,7 @@ class Planner:
                 self.tiles.q_wide,
                 self.tiles.q_narrow,
                 self.tiles.kv,
-                self.tiles.max_rounds,
+                self.tiles.room,
                 int(causal),
                 window or 0,
                 cost_model().chunk_tiles if batch_invariant else 0,
@@ -193,9 +195,7 @@ class Planner:
         offset = -buffer.data_ptr() % 64
         self._buffer = buffer[offset : offset + self.layout.bytes]
         self.header = self._view(0, (_HEADER_INTS,))
-        self.worker_indptr = self._view(
-            self.layout.worker_indptr, (self.tiles.max_rounds * self.tiles.workers + 1,)
-        )
+        self.worker_indptr = self._view(self.layout.worker_indptr, (self.layout.max_slices + 1,))
         self.items = self._view(self.layout.items, (self.layout.max_items, _ITEM_INTS))
         self.merges = self._view(self.layout.merges, (self.layout.max_merges, _ITEM_INTS))
         self.partial_o, self.partial_lse, self.partial_sum = self._partials(workspace)
@@ -321,12 +321,12 @@ class Plan:
 
     @property
     def header(self) -> torch.Tensor:
-        """[16] int32: items, merges, slots, segments, slice and total (int64 each), error, rounds, 6 unused."""
+        """[16] int32: items, merges, slots, segments, slice, total (int64 both), error, rounds, 6 unused."""
         return self.planner.header
 
     @property
     def worker_indptr(self) -> torch.Tensor:
-        """[max_rounds * workers + 1] int32 offsets into items; the plan's rounds fill the first."""
+        """[max_slices + 1], of which rounds * workers + 1 count, int32 offsets into items."""
         return self.planner.worker_indptr
 
     @property

@@ -31,18 +31,12 @@ class _Runner:
 def make_runner(planner: Planner, profile: bool = False) -> _Runner:
     core, arch, tiles = jit.core(), jit.arch_of(planner.device), planner.tiles
     dims = planner.head_dim_qk, planner.head_dim_vo
-    found = (tiles.q_wide, tiles.q_narrow, tiles.kv)
     room = jit.room_of(arch, *dims, planner.batch_invariant)
-    *compiled, _, _, max_rounds = core.plan_tiles(room, arch, *dims)
-    if found != tuple(compiled):
+    found = (tiles.q_wide, tiles.q_narrow, tiles.kv, tiles.room)
+    compiled = (*tuple(core.plan_tiles(room, arch, *dims))[:3], room)
+    if found != compiled:
         raise ValueError(
-            f"expected tiles of {tuple(compiled)} (q_wide, q_narrow, kv of the compiled executor), "
-            f"got {found}"
-        )
-    if tiles.max_rounds > max_rounds:
-        raise ValueError(
-            f"expected tiles of at most {max_rounds} rounds (of the compiled executor), "
-            f"got {tiles.max_rounds}"
+            f"expected tiles of {compiled} (q_wide, q_narrow, kv, room of the compiled executor), got {found}"
         )
     gpu = planner.device.index if planner.device.type == "cuda" else None
     runner = _Runner(arch, gpu, planner.head_dim_qk**-0.5, env.debug(), profile, core.run, {})

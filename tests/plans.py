@@ -31,7 +31,7 @@ class Setup:
     causal: bool = True
     window: int | None = None
     batch_invariant: bool = False
-    max_rounds: int = 1
+    room: int = 80
     max_requests: int | None = None  # None: as many as the batch has
     max_tokens: int | None = None
     max_kv_len: int | None = None
@@ -52,7 +52,7 @@ class Setup:
             "window": self.window,
             "batch_invariant": self.batch_invariant,
             "device": device,
-            "tiles": Tiles(self.q_wide, self.q_narrow, self.tile_kv, self.workers, self.max_rounds),
+            "tiles": Tiles(self.q_wide, self.q_narrow, self.tile_kv, self.workers, self.room),
         }
         return Planner(**(arguments | changes))
 
@@ -86,7 +86,7 @@ def setups(draw: st.DrawFn, batch_invariant: bool | None = False, **fixed: Any) 
         "causal": draw(st.booleans()),
         "window": draw(st.one_of(st.none(), st.integers(1, 60))),
         "batch_invariant": invariant,
-        "max_rounds": draw(st.sampled_from((1, 4, 64))),
+        "room": draw(st.sampled_from((80, 90))),
     }
     return Setup(**(drawn | fixed))
 

@@ -83,7 +83,7 @@ def test_capacities_hold_for_any_split_of_the_tokens(s: Setup, requests: int, to
 @given(setups())
 @quick
 def test_load_is_at_most_the_mean_and_one_item(s: Setup) -> None:
-    cost = cost_model()
+    cost = cost_model(s.room)
     plan = arrays(s.planner().plan(s.batch()))
     mean = plan.total / s.workers
     assert worker_loads(s, plan, cost).max() <= max(mean, cost.min_slice) + cost.uncut
@@ -92,7 +92,7 @@ def test_load_is_at_most_the_mean_and_one_item(s: Setup) -> None:
 @given(setups(batch_invariant=True))
 @quick
 def test_load_of_whole_items_is_at_most_the_mean_and_one_item(s: Setup) -> None:
-    cost = cost_model()
+    cost = cost_model(s.room)
     plan = arrays(s.planner().plan(s.batch()))
     largest = item_costs(s, plan, cost).max(initial=0)
     assert worker_loads(s, plan, cost).max() <= max(plan.total / s.workers, cost.min_slice) + largest
@@ -146,7 +146,7 @@ def test_batch_invariance(s: Setup, rest: Setup, place: int) -> None:
 @quick
 def test_invariant_items_are_wide_and_chunked_by_position(s: Setup) -> None:
     """Whole row tiles of many rows; those of a narrow tile in chunks of their own keys. One code for all."""
-    chunk = cost_model().chunk_tiles * s.tile_kv
+    chunk = cost_model(s.room).chunk_tiles * s.tile_kv
     for request, _, _, begin, end, slot, flags, _ in arrays(s.planner().plan(s.batch())).items.tolist():
         assert flags & WIDE
         if s.q_lens[request] * s.group <= s.q_narrow:
@@ -229,7 +229,7 @@ def test_window_keeps_only_its_tiles() -> None:
 def test_lengths_too_long_for_32_bit_costs() -> None:
     s = Setup((4096, 1), (1 << 29, 1 << 30), kv_heads=8, workers=16, max_tokens=5000)
     plan = arrays(s.planner().plan(s.batch()))
-    cost = cost_model()
+    cost = cost_model(s.room)
     assert plan.total > 1 << 32
     assert worker_loads(s, plan, cost).max() <= plan.total / s.workers + cost.uncut
     assert plan.items[:, 4].max() == 1 << 30

@@ -38,8 +38,8 @@ def bars(path: Path, panel: int) -> list[tuple[float, float, float, str]]:
 def test_loads_are_those_of_the_buffers(s: Setup) -> None:
     plan = s.planner().plan(s.batch())
     predicted = Schedule(plan).predicted()
-    assert predicted.load.tolist() == worker_loads(s, arrays(plan), cost_model()).tolist()
-    assert (predicted.end - predicted.begin).tolist() == item_costs(s, arrays(plan), cost_model()).tolist()
+    assert predicted.load.tolist() == worker_loads(s, arrays(plan), cost_model(s.room)).tolist()
+    assert (predicted.end - predicted.begin).tolist() == item_costs(s, arrays(plan), cost_model(s.room)).tolist()
     ends = [predicted.end[predicted.worker == w].max(initial=0) for w in range(s.workers)]
     assert ends == predicted.load.tolist()
     plan.show()
@@ -57,7 +57,7 @@ def test_every_item_is_drawn_once(batch_invariant: bool, tmp_path: Path) -> None
     found = [[int(n) for n in re.search(asked, title).groups()] for *_, title in drawn]
     a = arrays(plan)
     workers = np.repeat(np.arange(s.workers), np.diff(a.worker_indptr))
-    costs = item_costs(s, a, cost_model())
+    costs = item_costs(s, a, cost_model(s.room))
     assert found == np.column_stack([a.items[:, [0, 2, 1, 3, 4]], costs, workers]).tolist()
     assert len({y for _, y, _, _ in drawn}) == len(set(workers.tolist()))
     widths = np.array([width for _, _, width, _ in drawn]) + 0.3

@@ -19,9 +19,9 @@ bool build_line(const PlanParams& p, Line* line) {
       p.segment_start[segments] = cost;
       p.segment_request[segments] = r;
       p.segment_tile[segments] = i;
-      cost += segment_cost(segment);
-      line->longest = at_least(line->longest, segment_cost(segment));
-      if (segment.wide) line->longest_wide = at_least(line->longest_wide, segment_cost(segment));
+      cost += segment_cost(p, segment);
+      line->longest = at_least(line->longest, segment_cost(p, segment));
+      if (segment.wide) line->longest_wide = at_least(line->longest_wide, segment_cost(p, segment));
       if (p.chunk_tiles > 0) {
         Count count = chunk_count(segment);
         p.chunk_slot[segments] = count.inside ? line->chunked_segments : -1;
@@ -51,7 +51,7 @@ std::vector<int32_t> spread(const PlanParams& p, const Line& line) {
   if (limit < 0) return {};
   std::vector<int32_t> before(line.segments + 1);
   for (int64_t most = spread_least(p, line); most <= limit; ++most) {
-    for (int32_t s = 0; s < line.segments; ++s) before[s + 1] = before[s] + pieces_of(line, s, most);
+    for (int32_t s = 0; s < line.segments; ++s) before[s + 1] = before[s] + pieces_of(p, line, s, most);
     if (before[line.segments] <= spread_workers(p)) return before;
   }
   return {};

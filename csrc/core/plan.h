@@ -7,7 +7,8 @@ namespace fi {
 // What a planner is made for. Counts and lengths are upper bounds.
 struct PlanConfig {
   int64_t kv_heads, group, workers;
-  int64_t tile_q_wide, tile_q_narrow, tile_kv, max_rounds;
+  int64_t tile_q_wide, tile_q_narrow, tile_kv;
+  int64_t room;  // of the executor, csrc/tiles.h
   int64_t causal;       // 0 or 1
   int64_t window;       // tokens, 0: none
   int64_t chunk_tiles;  // batch invariant, 0: off
@@ -19,6 +20,7 @@ struct PlanConfig {
 // on the host reaches the device in one copy that ends with its last item.
 struct PlanLayout {
   int64_t max_segments, max_items, max_slots, max_merges;
+  int64_t max_slices;  // of the line: workers, times the rounds that the executor can walk
   int64_t worker_indptr, merges, segment_start, segment_request, segment_tile, chunk_slot, chunk_merge, items;
   int64_t bytes;
 };

@@ -108,11 +108,12 @@ void plan_on_device(const Shape& numbers, TensorView buffer, TensorView qo_indpt
 
 Shape tiles_of(int64_t room, int64_t arch, int64_t head_dim_qk, int64_t head_dim_vo) {
   Tiles t = tiles_for(int(room), int(arch), int(head_dim_qk), int(head_dim_vo));
-  return {t.q_wide, t.q_narrow, t.kv, t.ctas_per_sm, kMaxWorkers, t.max_rounds};
+  return {t.q_wide, t.q_narrow, t.kv, t.ctas_per_sm, kMaxWorkers};
 }
 
-Shape cost_model() {
-  return {kItemCost, kNarrowTileCost, kWideTileCost, kMinTiles, kMinSlice, kUncutCost, kChunkTiles};
+Shape cost_model(int64_t room) {
+  Costs c = costs_for(int32_t(room));
+  return {c.item, c.narrow, c.wide, kMinTiles, kMinSlice, uncut_cost(c), kChunkTiles};
 }
 
 }  // namespace

@@ -28,7 +28,8 @@ void check_config(const PlanConfig& c) {
   require_between("tiles.kv", c.tile_kv, 1, kMaxKvLen);
   require_between("tiles.q_wide", c.tile_q_wide, 1, kMaxKvLen);
   require_between("tiles.q_narrow", c.tile_q_narrow, 0, c.tile_q_wide);
-  require_between("tiles.max_rounds", c.max_rounds, 1, kMaxRounds);
+  require(c.room == kRoomCpu || c.room == kRoomSm80 || c.room == kRoomSm90,
+          "expected tiles.room 0 (cpu), 80 or 90, got ", c.room);
   require_between("window", c.window, 0, kMaxKvLen);
   require_between("chunk_tiles", c.chunk_tiles, 0, kAny);
   require_between("max_requests", c.max_requests, 1, kAny);
@@ -79,6 +80,7 @@ PlanLayout plan_layout(const PlanConfig& c) {
     l.max_slots = c.workers - 1 + l.max_merges;
     l.max_items = l.max_segments * c.kv_heads + c.workers - 1;
   }
+  l.max_slices = max_rounds_for(int(c.room)) * c.workers;
   require_items(std::max(l.max_items, l.max_slots));
 
   int64_t end = 0;
@@ -89,7 +91,7 @@ PlanLayout plan_layout(const PlanConfig& c) {
   };
   int64_t chunked = c.chunk_tiles > 0 ? l.max_segments : 0;
   section(sizeof(PlanHeader));
-  l.worker_indptr = section((c.max_rounds * c.workers + 1) * sizeof(int32_t));
+  l.worker_indptr = section((l.max_slices + 1) * sizeof(int32_t));
   l.merges = section(l.max_merges * sizeof(WorkItem));
   l.segment_start = section((l.max_segments + 1) * sizeof(int64_t));
   l.segment_request = section(l.max_segments * sizeof(int32_t));
@@ -128,7 +130,8 @@ PlanParams plan_params(const PlanConfig& c, const PlanLayout& l, char* buffer, c
   p.tile_q_wide = int32_t(c.tile_q_wide);
   p.tile_q_narrow = int32_t(c.tile_q_narrow);
   p.tile_kv = int32_t(c.tile_kv);
-  p.max_rounds = int32_t(c.max_rounds);
+  p.max_rounds = max_rounds_for(int(c.room));
+  p.cost = costs_for(int32_t(c.room));
   p.causal = int32_t(c.causal);
   p.window = int32_t(c.window);
   p.chunk_tiles = int32_t(c.chunk_tiles);

@@ -35,6 +35,8 @@ struct Consumer {
       barrier_wait(smem.q_full(stage), n / kQStages & 1);
       const Task& task = smem.task(stage);
       if (task.request < 0) break;
+      bool timed = kProfile && threadIdx.x == kGroupThreads;
+      if (timed) ItemTimer<kProfile>::start(p, smem.control.item[stage]);
       if (task.end > task.begin) {
         fence_async_proxy();  // Q came by cp.async
         if (task.wide) {
@@ -44,6 +46,8 @@ struct Consumer {
         }
         tiles_before += task.tiles;
       }
+      if constexpr (kProfile) named_sync(kConsumersBarrier, kConsumers * kGroupThreads);
+      if (timed) ItemTimer<kProfile>::stop(p, smem.control.item[stage]);
       __syncwarp();
       if (threadIdx.x % 32 == 0) barrier_arrive(smem.q_empty(stage));
     }
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     give_registers<kProducerRegisters>();
     if (threadIdx.x < kKvThreads) {
       KvProducer(params, smem).run();
-    } else {
+    } else if (threadIdx.x >= kGroupThreads - 32) {
       QueryProducer(params, smem).run();
     }
   } else {

@@ -1,5 +1,5 @@
 // The producer warpgroup, as far ahead of the consumers as there is room: one warp makes work items ready and
-// loads their queries, three load KV tiles.
+// loads their queries, two load KV tiles.
 #pragma once
 #include "smem.cuh"
 
@@ -30,6 +30,7 @@ struct QueryProducer {
         if (item < end) {
           new (&task) Task(p, args, p.items[item]);
           if (task.end <= task.begin) task.tiles = 0;
+          if constexpr (kProfile) smem.control.item[stage] = item;
         } else {
           task.request = -1;
         }
@@ -96,9 +97,9 @@ struct PageWindow {
 };
 
 // Where a KV tile comes from, as one lane sees it. boxes: the lane's box of K and of V. Otherwise two of its
-// warp's tokens.
+// warp's tokens; whole: every token of the tile is a key of it.
 struct Source {
-  bool boxes;
+  bool boxes, whole;
   TokenPlace at[2];
 };
 
@@ -106,6 +107,7 @@ struct Source {
 struct KvProducer {
   static constexpr int kWarps = kKvThreads / 32;
   // A warp gathers kRows tokens at a time, a lane 16 bytes of one: tokens kRows * (kWarps * pass + warp) + i.
+  // Their places in eight lines repeat after few passes, so that addresses are constants.
   static constexpr int kRows = kLinesQk < 4 ? 4 / kLinesQk : 1;
 
   const Params& params;
@@ -169,10 +171,11 @@ struct KvProducer {
     int token = task.first_token + t * kTileKv;
     if (by_boxes(params, task, t)) {
       TokenPlace k = find_box<kLinesQk>(window, token);
-      if constexpr (kLinesQk == kLinesVo) return {true, {k, k}};
-      return {true, {k, find_box<kLinesVo>(window, token)}};
+      if constexpr (kLinesQk == kLinesVo) return {true, true, {k, k}};
+      return {true, true, {k, find_box<kLinesVo>(window, token)}};
     }
-    return {false, {find_token(task, token, lane), find_token(task, token, lane + 32)}};
+    bool whole = token >= task.key_begin && token + kTileKv <= task.key_end;
+    return {false, whole, {find_token(task, token, lane), find_token(task, token, lane + 32)}};
   }
 
   // Boxes are dealt out to the warps: a warp issues one at a time.
@@ -219,29 +222,47 @@ struct KvProducer {
   __device__ __forceinline__ void gather(uint32_t slot, uint32_t full, const Source& source,
                                          const Element* base, int64_t page_stride,
                                          int64_t token_stride) const {
-    constexpr int kChunks = kLines * 8;
-    constexpr int kPasses = (kTileKv + kRows * kWarps - 1) / (kRows * kWarps);
-    static_assert(kRows * kChunks <= 32 && kRows * kPasses <= 64, "two tokens a lane");
-    constexpr int kHalf = 32 / kRows;  // passes over the first token of every lane
-    gather_passes < kChunks, 0,
-        kPasses<kHalf ? kPasses : kHalf>(slot, source.at[0], base, page_stride, token_stride);
-    gather_passes<kChunks, kHalf, kPasses>(slot, source.at[1], base, page_stride, token_stride);
+    constexpr int kChunks = kLines * 8, kPasses = kTileKv / (kRows * kWarps);
+    static_assert(kTileKv % (kRows * kWarps) == 0 && kRows * kChunks <= 32 && kRows * kPasses <= 64,
+                  "two tokens a lane");
+    constexpr int kHalf = 32 / kRows < kPasses ? 32 / kRows : kPasses;  // over the first token of every lane
+    const char* from = reinterpret_cast<const char*>(base + lane % kChunks * 8);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      TokenPlace at = source.at[half];
+      // bytes; negative: not a key
+      int64_t offset = at.page < 0 ? -1 : (at.page * page_stride + at.offset * token_stride) * 2;
+      constexpr int kEnds[] = {0, kHalf, kPasses};
+      if (source.whole) {
+        gather_passes<kChunks, true>(slot, from, offset, kEnds[half], kEnds[half + 1]);
+      } else {
+        gather_passes<kChunks, false>(slot, from, offset, kEnds[half], kEnds[half + 1]);
+      }
+    }
     barrier_arrive_copies(full);
   }
 
-  template <int kChunks, int kFirst, int kEnd>
-  __device__ __forceinline__ void gather_passes(uint32_t slot, TokenPlace held, const Element* base,
-                                                int64_t page_stride, int64_t token_stride) const {
-    int in_pass = lane / kChunks, chunk = lane % kChunks;
-#pragma unroll 4
-    for (int pass = kFirst; pass < kEnd; ++pass) {
-      int n = kRows * pass + in_pass;
-      TokenPlace at{__shfl_sync(~0u, held.page, n), __shfl_sync(~0u, held.offset, n)};
-      int row = token_of(n);
-      if (in_pass >= kRows || row >= kTileKv) continue;
-      bool valid = at.page >= 0;
-      const Element* src = base + (valid ? at.page * page_stride + at.offset * token_stride : 0) + chunk * 8;
-      copy_async_16(slot + chunk_offset<kTileKv>(row, chunk), src, valid);
+  template <int kChunks, bool kWhole>
+  __device__ __forceinline__ void gather_passes(uint32_t slot, const char* from, int64_t held, int begin,
+                                                int end) const {
+    constexpr int kTokens = kRows * kWarps;                 // of a pass
+    constexpr int kPeriod = kTokens < 8 ? 8 / kTokens : 1;  // passes until the lines repeat
+    int in_pass = lane / kChunks;
+    bool idle = kRows * kChunks < 32 && in_pass >= kRows;
+    uint32_t dst[kPeriod];
+#pragma unroll
+    for (int i = 0; i < kPeriod; ++i)
+      dst[i] = slot + chunk_offset<kTileKv>(kRows * warp + in_pass + (begin + i) * kTokens, lane % kChunks);
+#pragma unroll 2
+    for (int pass = begin; pass < end; pass += kPeriod) {
+#pragma unroll
+      for (int i = 0; i < kPeriod; ++i) {
+        int64_t offset = __shfl_sync(~0u, held, kRows * (pass + i) + in_pass);
+        if (idle) continue;
+        bool key = kWhole || offset >= 0;
+        copy_async_16(dst[i], from + (key ? offset : 0), key);
+        dst[i] += kPeriod * kTokens * kLineBytes;
+      }
     }
   }
 };

@@ -30,6 +30,7 @@ struct Control {  // barriers are named by their event
   uint64_t k_full[kKSlots], k_empty[kKSlots], v_full[kVSlots], v_empty[kVSlots];
   uint64_t task_full[kQStages], q_full[kQStages], q_empty[kQStages];
   Task task[kQStages];
+  int32_t item[kQStages];     // profiling builds: of the task
   float2 states[kGroupRows];  // max and sum of the second warpgroup's rows, narrow tiles
 };
 static_assert(sizeof(Control) <= kControlBytes, "kControlBytes");

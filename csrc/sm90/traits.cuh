@@ -11,12 +11,12 @@ constexpr int kGroupThreads = 128;
 constexpr int kConsumers = 2;
 constexpr int kThreads = kGroupThreads * (1 + kConsumers);
 constexpr int kConsumerWarps = 4 * kConsumers;
-constexpr int kKvThreads = 96;  // of the producer's; the last warp loads queries
+constexpr int kKvThreads = 64;  // of the producer's; its last warp loads queries
 constexpr int kGroupRows = 64;  // of a wgmma
 static_assert(kTileQ == kConsumers * kGroupRows && kTiles.q_narrow == kGroupRows, "rows of a warpgroup");
 
 // setmaxnreg: 128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536
-constexpr int kProducerRegisters = 64, kConsumerRegisters = 216;
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
 
 // A tile in shared memory: blocks of 64 columns; in a block each row is one swizzled line of 128 bytes. That
 // is what TMA writes and wgmma reads with 128-byte swizzle.

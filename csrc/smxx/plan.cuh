@@ -85,7 +85,7 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
         request = r0 + nth;
         index = int32_t(i) - shared.first[nth];
         segment = segment_at(p, request, index);
-        own = segment_cost(segment);
+        own = segment_cost(p, segment);
         longest = at_least(longest, own);
         if (segment.wide) longest_wide = at_least(longest_wide, own);
         own_chunked = pack(chunk_count(segment));
@@ -150,7 +150,7 @@ __device__ __forceinline__ const int32_t* spread(const PlanParams& p, const Line
   if (limit < 0) return nullptr;
   int64_t least = spread_least(p, line);
   long long workers = 0;
-  for (int32_t s = lane; s < line.segments; s += 32) workers += pieces_of(line, s, least + warp);
+  for (int32_t s = lane; s < line.segments; s += 32) workers += pieces_of(p, line, s, least + warp);
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) workers += __shfl_xor_sync(0xffffffffu, workers, d);
   if (lane == 0) shared.fits[warp] = least + warp <= limit && workers <= spread_workers(p);
@@ -159,7 +159,7 @@ __device__ __forceinline__ const int32_t* spread(const PlanParams& p, const Line
   if (fits == 0) return nullptr;
   int64_t most = least + __ffs(fits) - 1;
   int64_t sum;
-  int64_t before = scan<kThreads>(tid < line.segments ? pieces_of(line, tid, most) : 0, shared.sums, &sum);
+  int64_t before = scan<kThreads>(tid < line.segments ? pieces_of(p, line, tid, most) : 0, shared.sums, &sum);
   if (tid < line.segments) shared.spread[tid] = int32_t(before);
   if (tid == 0) shared.spread[line.segments] = int32_t(sum);
   __syncthreads();

@@ -37,7 +37,8 @@ class Schedule:
 
     def __init__(self, plan: Plan) -> None:
         plan.check()
-        tiles, cost = plan.planner.tiles, cost_model()
+        tiles = plan.planner.tiles
+        self._cost = cost = cost_model(tiles.room)
         items, merges, self.slots, self.row_tiles = plan.header[:4].tolist()
         self.items = plan.items[:items].cpu().numpy()
         self.merges = plan.merges[:merges].cpu().numpy()
@@ -66,7 +67,7 @@ class Schedule:
         of_earlier = (np.cumsum(load) - load).astype(ends.dtype)  # workers
         begin = np.empty_like(ends)
         begin[order] = ends - self.cost[order] - of_earlier[self.worker[order]]
-        fixed = len(self.items) * cost_model().item / max(self.cost.sum(), 1)
+        fixed = len(self.items) * self._cost.item / max(self.cost.sum(), 1)
         note = f"longest item {self.cost.max(initial=0)}; {fixed:.0%} is the fixed cost of items"
         return Clock(
             "predicted", "units of csrc/cost.h", begin, begin + self.cost, self.worker, load, (note,)
