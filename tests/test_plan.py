@@ -221,6 +221,21 @@ def test_fewer_tiles_than_workers_are_spread_evenly() -> None:
     assert set((plan.items[:, 4] - plan.items[:, 3]).tolist()) == {512}
 
 
+def test_rounds_keep_workers_at_neighbouring_row_tiles() -> None:
+    """In every round all workers together are in one part of the line, and each load stays even."""
+    s = Setup((2048,) * 4, (2048,) * 4, kv_heads=8, group=4, workers=132, q_wide=128, tile_kv=128, room=90)
+    plan = arrays(s.planner().plan(s.batch()))
+    assert plan.rounds == 4 and plan.slots <= 2 * 132
+    costs = item_costs(s, plan, cost_model(s.room))
+    for part in np.split(plan.worker_indptr[:-1], plan.rounds)[1:]:
+        before = costs[: part[0]].sum() / plan.total
+        assert abs(before * plan.rounds - round(before * plan.rounds)) < 0.02
+    loads = worker_loads(s, plan, cost_model(s.room))
+    assert loads.max() - loads.min() <= costs.max()
+    one_round = replace(s, room=80)
+    assert arrays(one_round.planner().plan(s.batch())).rounds == 1
+
+
 def test_window_keeps_only_its_tiles() -> None:
     s = Setup((1,), (4096,), window=10, workers=1)
     assert arrays(s.planner().plan(s.batch())).items[:, 3:5].tolist() == [[4084, 4096]]

@@ -39,7 +39,9 @@ def test_loads_are_those_of_the_buffers(s: Setup) -> None:
     plan = s.planner().plan(s.batch())
     predicted = Schedule(plan).predicted()
     assert predicted.load.tolist() == worker_loads(s, arrays(plan), cost_model(s.room)).tolist()
-    assert (predicted.end - predicted.begin).tolist() == item_costs(s, arrays(plan), cost_model(s.room)).tolist()
+    assert (predicted.end - predicted.begin).tolist() == item_costs(
+        s, arrays(plan), cost_model(s.room)
+    ).tolist()
     ends = [predicted.end[predicted.worker == w].max(initial=0) for w in range(s.workers)]
     assert ends == predicted.load.tolist()
     plan.show()
