@@ -34,7 +34,7 @@ cudaError_t launch_merge(const AttentionParams& p, cudaStream_t stream) {
 
 // Tokens of a box, or 0. Boxes are whole groups of eight swizzled lines, and TMA wants 16-byte strides.
 int32_t box_tokens_for(const KVCache& kv, int32_t page_shift) {
-  if (page_shift < 3) return 0;
+  if (page_shift < 3 || kv.num_pages == 0) return 0;  // a tensor map has no empty dimension
   return kv.page_size < kTileKv ? kv.page_size : kTileKv;
 }
 
