@@ -258,7 +258,7 @@ def _explained(capsys: pytest.CaptureFixture[str], options: str) -> dict[str, st
     return {line[2:9].strip() or "and": line[11:] for line in lines}
 
 
-TMA = "TMA; cp.async for tiles with keys that no row sees"
+TMA = "TMA; cp.async for tiles with tokens that are no keys or before all windows"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ namespace fi {
 struct PlanConfig {
   int64_t kv_heads, group, workers;
   int64_t tile_q_wide, tile_q_narrow, tile_kv;
-  int64_t room;  // of the executor, csrc/tiles.h
+  int64_t room;         // of the executor, csrc/tiles.h
   int64_t causal;       // 0 or 1
   int64_t window;       // tokens, 0: none
   int64_t chunk_tiles;  // batch invariant, 0: off

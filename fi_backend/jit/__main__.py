@@ -189,7 +189,7 @@ def _loads(room: int, page_size: int | None) -> str:
     if room != 90:
         return "cp.async"
     # box_tokens_for and by_boxes in csrc/sm90
-    tma = "TMA; cp.async for tiles with keys that no row sees"
+    tma = "TMA; cp.async for tiles with tokens that are no keys or before all windows"
     if page_size is None:
         return f"page sizes that are powers of two from 8 up: {tma}\n{' ' * 11}other page sizes: cp.async"
     boxes = page_size >= 8 and page_size & (page_size - 1) == 0
