@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,14 +79,6 @@ def cuobjdump(option: str, library: Path) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def dumps(built: None) -> dict[tuple[int, jit.Spec], str]:
-    """Machine code of every case; a dump takes a second or two, so several at a time."""
-    paths = [jit.build(library(*case)) / "lib.so" for case in CASES]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(CASES, pool.map(lambda path: cuobjdump("-sass", path), paths), strict=True))
-
-
 def local_accesses(sass: str) -> list[str]:
     return re.findall(r"\b(?:LDL|STL)\b\S*", sass)
 
@@ -103,8 +93,8 @@ def test_no_spills(room: int, spec: jit.Spec) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_instructions(dumps: dict[tuple[int, jit.Spec], str], spec: jit.Spec) -> None:
-    sass = dumps[80, spec]
+def test_instructions(spec: jit.Spec) -> None:
+    sass = cuobjdump("-sass", jit.build(library(80, spec)) / "lib.so")
     product = "HMMA.16816.F32.BF16" if spec.dtype == "bf16" else "HMMA.16816.F32 "
     assert f"arch = sm_{spec.arch}" in sass
     assert product in sass, "no tensor core instruction"
@@ -114,8 +104,8 @@ def test_instructions(dumps: dict[tuple[int, jit.Spec], str], spec: jit.Spec) ->
 
 
 @pytest.mark.parametrize("spec", WGMMA, ids=str)
-def test_instructions_of_sm90(dumps: dict[tuple[int, jit.Spec], str], spec: jit.Spec) -> None:
-    sass = dumps[90, spec]
+def test_instructions_of_sm90(spec: jit.Spec) -> None:
+    sass = cuobjdump("-sass", jit.build(library(90, spec)) / "lib.so")
     product = r"HGMMA\.\d+x\d+x16\.F32\.BF16 " if spec.dtype == "bf16" else r"HGMMA\.\d+x\d+x16\.F32 "
     assert "arch = sm_90a" in sass
     assert re.search(product, sass), "no product of a warpgroup"
