@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -19,34 +21,35 @@ def _last_page_len(data: Data) -> torch.Tensor:
     return (data.kv_len - 1) % data.case.page_size + 1
 
 
+def _prepared(
+    data: Data,
+    wrapper: Any,
+    tables: tuple[Any, ...],
+    run: Callable[[], torch.Tensor],
+    head_dims: int = 1,
+    **causal: bool,
+) -> Prepared:
+    """tables: what the wrapper's plan takes before the heads. head_dims: how often it takes the head dim."""
+    case = data.case
+    shape = (case.q_heads, case.kv_heads, *(case.head_dim,) * head_dims, case.page_size)
+
+    def plan() -> None:
+        wrapper.plan(*tables, *shape, q_data_type=data.q.dtype, kv_data_type=data.k.dtype, **causal)
+
+    plan()
+    return Prepared(plan, run)
+
+
 def _prefill(backend: str) -> Prepare:
     def prepare(data: Data) -> Prepared:
         import flashinfer
 
-        case = data.case
-        indptr, indices = data.csr()
-        last = _last_page_len(data)
-        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
-            _workspace(data.q.device), "NHD", backend=backend
+        workspace = _workspace(data.q.device)
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
+        tables = (data.qo_indptr, *data.csr(), _last_page_len(data))
+        return _prepared(
+            data, wrapper, tables, lambda: wrapper.run(data.q, (data.k, data.v), out=data.out), causal=True
         )
-
-        def plan() -> None:
-            wrapper.plan(
-                data.qo_indptr,
-                indptr,
-                indices,
-                last,
-                case.q_heads,
-                case.kv_heads,
-                case.head_dim,
-                case.page_size,
-                causal=True,
-                q_data_type=data.q.dtype,
-                kv_data_type=data.k.dtype,
-            )
-
-        plan()
-        return Prepared(plan, lambda: wrapper.run(data.q, (data.k, data.v), out=data.out))
 
     return prepare
 
@@ -54,55 +57,26 @@ def _prefill(backend: str) -> Prepare:
 def _decode(data: Data) -> Prepared:
     import flashinfer
 
-    case = data.case
-    if max(case.q_lens) > 1:
+    if max(data.case.q_lens) > 1:
         raise Unsupported("the decode wrapper takes one query token a request")
-    indptr, indices = data.csr()
-    last = _last_page_len(data)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(data.q.device), "NHD")
-
-    def plan() -> None:
-        wrapper.plan(
-            indptr,
-            indices,
-            last,
-            case.q_heads,
-            case.kv_heads,
-            case.head_dim,
-            case.page_size,
-            q_data_type=data.q.dtype,
-            kv_data_type=data.k.dtype,
-        )
-
-    plan()
-    return Prepared(plan, lambda: wrapper.run(data.q, (data.k, data.v), out=data.out))
+    tables = (*data.csr(), _last_page_len(data))
+    return _prepared(data, wrapper, tables, lambda: wrapper.run(data.q, (data.k, data.v), out=data.out))
 
 
 def _persistent(data: Data) -> Prepared:
     import flashinfer
 
-    case = data.case
-    indptr, indices = data.csr()
     wrapper = flashinfer.BatchAttention("NHD", str(data.q.device))
-
-    def plan() -> None:
-        wrapper.plan(
-            data.qo_indptr,
-            indptr,
-            indices,
-            data.kv_len,
-            case.q_heads,
-            case.kv_heads,
-            case.head_dim,
-            case.head_dim,
-            case.page_size,
-            causal=True,
-            q_data_type=data.q.dtype,
-            kv_data_type=data.k.dtype,
-        )
-
-    plan()
-    return Prepared(plan, lambda: wrapper.run(data.q, (data.k, data.v), out=data.out)[0])
+    tables = (data.qo_indptr, *data.csr(), data.kv_len)
+    return _prepared(
+        data,
+        wrapper,
+        tables,
+        lambda: wrapper.run(data.q, (data.k, data.v), out=data.out)[0],
+        head_dims=2,  # of K and of V
+        causal=True,
+    )
 
 
 def _cascade(data: Data) -> Prepared:
@@ -125,21 +99,7 @@ def _cascade(data: Data) -> Prepared:
         [ints(case.page_size), _last_page_len(data)],
     )
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, _workspace(device), "NHD")
-
-    def plan() -> None:
-        wrapper.plan(
-            *levels,
-            case.q_heads,
-            case.kv_heads,
-            case.head_dim,
-            case.page_size,
-            causal=True,
-            q_data_type=data.q.dtype,
-            kv_data_type=data.k.dtype,
-        )
-
-    plan()
-    return Prepared(plan, lambda: wrapper.run(data.q, (data.k, data.v)))
+    return _prepared(data, wrapper, levels, lambda: wrapper.run(data.q, (data.k, data.v)), causal=True)
 
 
 WRAPPERS: dict[str, Prepare] = {
