@@ -24,6 +24,10 @@ struct KeyRange {  // keys [begin, end); both must not decrease with q_pos
   int32_t begin, end;
 };
 
+struct SeesAll {
+  FI_HD bool sees(int32_t) const { return true; }
+};
+
 struct Feature {
   static constexpr bool kHasLogits = false;
   static constexpr bool kHasSink = false;
@@ -31,15 +35,16 @@ struct Feature {
   FI_HD static KeyRange keys(const A&, const Row& r) {
     return {0, r.kv_len};
   }
-  // Within the range sees() hides single keys, none before seen_before(): there executors need not ask. A
-  // hidden key's logit becomes -inf after the logits transforms: a soft cap would make it finite again.
+  // Within the range mask() hides single keys, none before seen_before(): there executors need not ask. What
+  // it reads, it reads once a row. A hidden key's logit becomes -inf after the logits transforms: a soft cap
+  // would make it finite again.
   template <class A>
   FI_HD static int32_t seen_before(const A&, const Row&) {
     return INT32_MAX;
   }
   template <class A>
-  FI_HD static bool sees(const A&, const Row&, int32_t) {
-    return true;
+  FI_HD static SeesAll mask(const A&, const Row&) {
+    return {};
   }
   template <class A>
   FI_HD static float logits(const A&, float x, const Row&, int32_t) {
@@ -69,16 +74,23 @@ struct Window : Feature {
 // Speculative token trees: the last tree_tokens keys of a request are its tree. A query token among them has
 // a word, bit j of which says whether it sees the j-th of them; one before them sees all.
 struct Tree : Feature {
+  struct Word {
+    uint64_t word;
+    int32_t first;
+
+    FI_HD bool sees(int32_t kv_pos) const {
+      uint32_t j = kv_pos - first;  // keys before the tree wrap around
+      return j >= 64 || (word >> j & 1);
+    }
+  };
   template <class A>
   FI_HD static int32_t seen_before(const A& a, const Row& r) {
     return r.kv_len - a.tree_tokens;
   }
   template <class A>
-  FI_HD static bool sees(const A& a, const Row& r, int32_t kv_pos) {
+  FI_HD static Word mask(const A& a, const Row& r) {
     int32_t first = seen_before(a, r), token = r.q_pos - first;
-    uint64_t word = token < 0 ? ~0ull : a.tree_mask[int64_t(r.request) * a.tree_tokens + token];
-    uint32_t j = kv_pos - first;  // keys before the tree wrap around
-    return j >= 64 || (word >> j & 1);
+    return {token < 0 ? ~0ull : a.tree_mask[int64_t(r.request) * a.tree_tokens + token], first};
   }
 };
 
@@ -120,6 +132,17 @@ struct Sinks : Feature {
   }
 };
 
+template <class X, class Y>
+struct Both {
+  X x;
+  Y y;
+  FI_HD bool sees(int32_t kv_pos) const { return x.sees(kv_pos) && y.sees(kv_pos); }
+};
+template <class X, class Y>
+FI_HD Both<X, Y> both(X x, Y y) {
+  return {x, y};
+}
+
 template <class... F>
 struct Compose;
 
@@ -150,8 +173,8 @@ struct Compose<F, Rest...> {
     return x < y ? x : y;
   }
   template <class A>
-  FI_HD static bool sees(const A& a, const Row& r, int32_t kv_pos) {
-    return F::sees(a, r, kv_pos) && Next::sees(a, r, kv_pos);
+  FI_HD static auto mask(const A& a, const Row& r) {
+    return both(F::mask(a, r), Next::mask(a, r));
   }
   template <class A>
   FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {

@@ -158,8 +158,11 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
   if constexpr (Variant::kHasLogits) {
     for (int j = lo; j < hi; ++j) s[j] = Variant::logits(args, s[j], t.row[i], begin + j);
   }
-  for (int j = std::max(lo, Variant::seen_before(args, t.row[i]) - begin); j < hi; ++j) {
-    if (!Variant::sees(args, t.row[i], begin + j)) s[j] = -INFINITY;
+  if (int j = std::max(lo, Variant::seen_before(args, t.row[i]) - begin); j < hi) {
+    const auto mask = Variant::mask(args, t.row[i]);
+    for (; j < hi; ++j) {
+      if (!mask.sees(begin + j)) s[j] = -INFINITY;
+    }
   }
   float top = -INFINITY;
 #pragma omp simd reduction(max : top)

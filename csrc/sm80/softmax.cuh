@@ -65,13 +65,13 @@ struct RowState {
       if (masked) {
         Row r = row(2 * fragment + half);
         KeyRange k = Variant::keys(args, r);
+        auto mask = Variant::mask(args, r);
 #pragma unroll
         for (int n = 0; n < kTokens / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             int t = first + 8 * n + i;
-            bool seen = Variant::sees(args, r, t);  // before the range: one load a row, not one a key
-            if (!seen || t < k.begin || t >= k.end) s[n][2 * half + i] = -INFINITY;
+            if (!mask.sees(t) || t < k.begin || t >= k.end) s[n][2 * half + i] = -INFINITY;
           }
       }
       step_row<kTokens>(2 * fragment + half, s, o, half);
