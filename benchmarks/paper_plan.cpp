@@ -48,7 +48,7 @@ extern "C" void paper_plan(const int32_t* qo_indptr, const int32_t* kv_len, int3
       for (int32_t begin = 0; begin == 0 || begin < s.tiles; begin += chunk) {
         int32_t end = std::min(s.tiles, begin + chunk);
         pieces.push_back({make_item(p, s, head, begin, end, split ? int32_t(slots++) : -1),
-                          p.cost.item + int64_t(end - begin) * tile_cost(p.cost, s.wide)});
+                          item_cost(p.cost, s.wide) + int64_t(end - begin) * tile_cost(p.cost, s.wide)});
       }
     }
   }

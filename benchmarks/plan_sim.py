@@ -64,7 +64,7 @@ def ours(planner: Planner, batch: BlockSparse, mean: float) -> Row:
     n, merges, slots, _ = plan.header[:4].tolist()
     items = plan.items[:n].numpy()
     tiles = (items[:, 4] - items[:, 3]) // planner.tiles.kv
-    ends = np.cumsum(cost.item + tiles * np.where(items[:, 6] & 1, cost.wide, cost.narrow))
+    ends = np.cumsum(cost.of_items(tiles, items[:, 6] & 1))
     load = np.diff(np.concatenate([[0], ends])[plan.worker_indptr[: planner.tiles.workers + 1].numpy()])
     return Row(load.max() / mean, n, slots, merges, median_us(lambda: planner.plan(batch)))
 

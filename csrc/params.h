@@ -112,7 +112,7 @@ struct AppendParams {
 };
 
 struct Costs {  // see cost.h
-  int32_t item, narrow, wide;
+  int32_t narrow_item, narrow, wide_item, wide;
 };
 
 // Input and output of a planner, host or device. All output pointers lie in the plan buffer.

@@ -104,7 +104,7 @@ FI_HD Segment segment_at(const PlanParams& p, int32_t request, int32_t index) {
 }
 
 FI_HD int64_t segment_cost(const PlanParams& p, const Segment& s) {
-  return p.cost.item + int64_t(s.tiles) * tile_cost(p.cost, s.wide);
+  return item_cost(p.cost, s.wide) + int64_t(s.tiles) * tile_cost(p.cost, s.wide);
 }
 
 // The cost line, and where its tables can be read.
@@ -116,8 +116,8 @@ struct Line {
   int32_t chunked_segments;  // of them, those of row tiles with several chunks: each has a slot
   int32_t chunked_tiles;     // row tiles with several chunks: each has a merge
   const int32_t* spread;     // [segments + 1] workers of one KV head before each; null: cut by cost
-  int64_t longest_wide;      // cost of the longest wide segment, 0: there is none
-  int64_t longest;           // of any
+  int32_t wide;              // segments that are
+  int64_t longest;           // cost of a segment
   int32_t rounds;
   const int64_t* round_begin;  // [rounds + 1] on the line; set where rounds > 1
   int64_t slice, total;
@@ -126,10 +126,10 @@ struct Line {
 FI_HD void measure(Line* line, const PlanParams& p) {
   line->total = line->start[line->segments] * p.kv_heads;
   line->slice = at_least(ceil_div(line->total, p.workers), kMinSlice);
-  // cuts that are moved by half a segment, and corrected by half a segment, keep their order
-  int64_t rounds = line->total / ((2 * line->longest + kMinSlice) * p.workers);
+  // A round's ends and the cuts in it are moved by at most half a segment each: so they keep their order.
+  int64_t rounds = line->total / ((line->longest + kMinSlice) * p.workers + line->longest);
   line->rounds =
-      line->longest_wide > 0 && p.chunk_tiles == 0 ? int32_t(at_least(at_most(rounds, p.max_rounds), 1)) : 1;
+      line->wide > 0 && p.chunk_tiles == 0 ? int32_t(at_least(at_most(rounds, p.max_rounds), 1)) : 1;
 }
 
 // Spreading: segment s gets pieces_of(s, most) workers, and `most` is the least cost of KV tiles a worker
@@ -138,18 +138,22 @@ FI_HD void measure(Line* line, const PlanParams& p) {
 FI_HD int32_t spread_workers(const PlanParams& p) { return p.workers / p.kv_heads; }
 
 FI_HD int64_t spread_least(const PlanParams& p, const Line& line) {
-  int64_t tiles = line.start[line.segments] - int64_t(line.segments) * p.cost.item;
-  return at_least(ceil_div(tiles, spread_workers(p)), at_least(kMinSlice - p.cost.item, 1));
+  int64_t items =
+      int64_t(line.wide) * p.cost.wide_item + int64_t(line.segments - line.wide) * p.cost.narrow_item;
+  int64_t tiles = line.start[line.segments] - items;
+  return at_least(ceil_div(tiles, spread_workers(p)), at_least(kMinSlice - p.cost.narrow_item, 1));
 }
 
 // Below spread_least(): do not spread.
 FI_HD int64_t spread_limit(const PlanParams& p, const Line& line) {
   if (p.chunk_tiles > 0 || line.segments == 0 || line.segments > spread_workers(p)) return -1;
-  return at_most(line.slice, spread_least(p, line) + kSpreadTries - 1);
+  // wide: a worker of its own reads keys in step with its neighbours, and needs no merge
+  int64_t above = line.wide > 0 ? line.slice / kSpreadSlack : 0;
+  return at_most(line.slice + above, spread_least(p, line) + kSpreadTries - 1);
 }
 
 FI_HD int32_t pieces_of(const PlanParams& p, const Line& line, int32_t s, int64_t most) {
-  int64_t tiles = line.start[s + 1] - line.start[s] - p.cost.item;
+  int64_t tiles = line.start[s + 1] - line.start[s] - item_cost(p.cost, rows_of(p, line.request[s]).wide);
   return int32_t(at_least(at_most(ceil_div(tiles, most), tiles / (kMinTiles * kWidestTile)), 1));
 }
 
@@ -220,7 +224,8 @@ FI_HD Cut cut_before(const PlanParams& p, const Line& line, int32_t w, int64_t x
   }
   Segment segment = segment_at(p, line.request[s], line.tile[s]);
   int64_t tile =
-      at_most(ceil_div(at_least(into - p.cost.item, 0), tile_cost(p.cost, segment.wide)), segment.tiles);
+      at_most(ceil_div(at_least(into - item_cost(p.cost, segment.wide), 0), tile_cost(p.cost, segment.wide)),
+              segment.tiles);
   if (tile < kMinTiles) return {unit, 0};
   if (segment.tiles - tile < kMinTiles) return {unit + 1, 0};
   return {unit, int32_t(tile)};
@@ -253,9 +258,12 @@ FI_HD WorkItem make_merge(const Segment& s, int32_t head, int32_t first_slot, in
   return {s.request, s.row_begin, head, first_slot, end_slot, -1, s.wide ? kWideTile : 0, 0};
 }
 
-// Item number `index` of the worker between two neighbouring cuts.
+// Item number `index` of `count` of the worker between two neighbouring cuts. The rest of a unit that the
+// worker before began comes last: pieces that begin with a unit's first keys are then read in step, and rests
+// are reached when the others get there.
 FI_HD WorkItem item_between(const PlanParams& p, const Line& line, const Cut& left, const Count& left_count,
-                            const Cut& right, const Count& right_count, int32_t index) {
+                            const Cut& right, const Count& right_count, int32_t index, int32_t count) {
+  if (is_inside(left)) index = index + 1 < count ? index + 1 : 0;
   int32_t unit = left.unit + index;
   int32_t head = unit / line.segments, s = unit % line.segments;
   Segment segment = segment_at(p, line.request[s], line.tile[s]);

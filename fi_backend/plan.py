@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from . import env, jit
@@ -63,15 +64,21 @@ class Tiles:
 
 
 class CostModel(NamedTuple):
-    """The numbers of csrc/cost.h. An item costs item + KV tiles * (narrow or wide)."""
+    """The numbers of csrc/cost.h. An item costs narrow_item + KV tiles * narrow, or the same of wide ones."""
 
-    item: int
+    narrow_item: int
     narrow: int
+    wide_item: int
     wide: int
     min_tiles: int
     min_slice: int
     uncut: int
     chunk_tiles: int
+
+    def of_items(self, kv_tiles: np.ndarray, wide: np.ndarray) -> np.ndarray:
+        """kv_tiles, wide: of each item."""
+        narrow_cost = self.narrow_item + kv_tiles * self.narrow
+        return np.where(wide, self.wide_item + kv_tiles * self.wide, narrow_cost)
 
 
 def cost_model(room: int = 80) -> CostModel:

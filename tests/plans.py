@@ -186,7 +186,7 @@ def check_numbering(s: Setup, plan: Arrays) -> None:
 
 def item_costs(s: Setup, plan: Arrays, cost: Any) -> np.ndarray:
     tiles = (plan.items[:, 4] - plan.items[:, 3]) // s.tile_kv
-    return cost.item + tiles * np.where(plan.items[:, 6] & WIDE, cost.wide, cost.narrow)
+    return cost.of_items(tiles, plan.items[:, 6] & WIDE)
 
 
 def worker_loads(s: Setup, plan: Arrays, cost: Any) -> np.ndarray:

@@ -225,7 +225,7 @@ def test_rounds_keep_workers_at_neighbouring_row_tiles() -> None:
     """In every round all workers together are in one part of the line, and each load stays even."""
     s = Setup((2048,) * 4, (2048,) * 4, kv_heads=8, group=4, workers=132, q_wide=128, tile_kv=128, room=90)
     plan = arrays(s.planner().plan(s.batch()))
-    assert plan.rounds == 4 and plan.slots <= 2 * 132
+    assert plan.rounds == 8 and plan.slots <= 2 * 132
     costs = item_costs(s, plan, cost_model(s.room))
     for part in np.split(plan.worker_indptr[:-1], plan.rounds)[1:]:
         before = costs[: part[0]].sum() / plan.total

@@ -21,7 +21,7 @@ bool build_line(const PlanParams& p, Line* line) {
       p.segment_tile[segments] = i;
       cost += segment_cost(p, segment);
       line->longest = at_least(line->longest, segment_cost(p, segment));
-      if (segment.wide) line->longest_wide = at_least(line->longest_wide, segment_cost(p, segment));
+      line->wide += segment.wide;
       if (p.chunk_tiles > 0) {
         Count count = chunk_count(segment);
         p.chunk_slot[segments] = count.inside ? line->chunked_segments : -1;
@@ -34,7 +34,7 @@ bool build_line(const PlanParams& p, Line* line) {
   if (!fits) {
     cost = segments = 0;
     line->chunked_segments = line->chunked_tiles = 0;
-    line->longest = line->longest_wide = 0;
+    line->longest = line->wide = 0;
   }
   line->start = p.segment_start;
   line->request = p.segment_request;
@@ -86,8 +86,9 @@ void plan_host(const PlanParams& p) {
     if (step.openers) first_slot = slot_before_opener(right_count);
     int32_t begin = first_item(left, left_count), end = first_item(right, right_count);
     for (int32_t i = begin; i < end; ++i) {
-      p.items[i] = p.chunk_tiles > 0 ? whole_item(p, line, i)
-                                     : item_between(p, line, left, left_count, right, right_count, i - begin);
+      p.items[i] = p.chunk_tiles > 0
+                       ? whole_item(p, line, i)
+                       : item_between(p, line, left, left_count, right, right_count, i - begin, end - begin);
     }
     last_round[w] = end;
     left = right;

@@ -57,7 +57,8 @@ struct PlanShared {
   int32_t spread[kMaxWorkers + 1];
   int32_t fits[kSpreadTries];
   int64_t round_begin[kMaxRounds + 1];
-  unsigned long long longest, longest_wide;
+  unsigned long long longest;
+  int32_t wide;
 };
 
 // Segments of one KV head, kThreads requests a round and kThreads segments at a time.
@@ -66,8 +67,9 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
                                            bool* overflow) {
   int tid = threadIdx.x;
   int64_t segments = 0, cost = 0, chunked = 0;
-  long long longest = 0, longest_wide = 0;
-  if (tid == 0) shared.longest = shared.longest_wide = 0;  // the scans below are barriers
+  long long longest = 0;
+  int32_t wide = 0;
+  if (tid == 0) shared.longest = shared.wide = 0;  // the scans below are barriers
   for (int32_t r0 = 0; r0 < p.num_requests; r0 += kThreads) {
     int64_t round;
     int64_t first =
@@ -87,7 +89,7 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
         segment = segment_at(p, request, index);
         own = segment_cost(p, segment);
         longest = at_least(longest, own);
-        if (segment.wide) longest_wide = at_least(longest_wide, own);
+        wide += segment.wide;
         own_chunked = pack(chunk_count(segment));
       }
       int64_t start = cost + scan<kThreads>(own, shared.sums, &sum);
@@ -119,7 +121,7 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   if (*overflow) segments = cost = chunked = 0;
   if (!*overflow) {
     if (longest > 0) atomicMax(&shared.longest, static_cast<unsigned long long>(longest));
-    if (longest_wide > 0) atomicMax(&shared.longest_wide, static_cast<unsigned long long>(longest_wide));
+    if (wide > 0) atomicAdd(&shared.wide, wide);
   }
   bool fits = segments <= kSharedSegments;
   if (tid == 0) {
@@ -135,7 +137,7 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   line.chunked_segments = unpack(chunked).inside;
   line.chunked_tiles = unpack(chunked).openers;
   line.longest = int64_t(shared.longest);
-  line.longest_wide = int64_t(shared.longest_wide);
+  line.wide = shared.wide;
   measure(&line, p);
   return line;
 }
@@ -217,7 +219,8 @@ __device__ __forceinline__ void plan_block(const PlanParams& p, PlanShared<kThre
       int32_t worker = last_not_above(shared.indptr, p.workers, i);
       store(p.items + i,
             item_between(p, line, shared.cut[worker], shared.count[worker], shared.cut[worker + 1],
-                         shared.count[worker + 1], i - shared.indptr[worker]));
+                         shared.count[worker + 1], i - shared.indptr[worker],
+                         shared.indptr[worker + 1] - shared.indptr[worker]));
     }
   }
 }

@@ -38,7 +38,7 @@ class Schedule:
     def __init__(self, plan: Plan) -> None:
         plan.check()
         tiles = plan.planner.tiles
-        self._cost = cost = cost_model(tiles.room)
+        cost = cost_model(tiles.room)
         items, merges, self.slots, self.row_tiles = plan.header[:4].tolist()
         self.items = plan.items[:items].cpu().numpy()
         self.merges = plan.merges[:merges].cpu().numpy()
@@ -48,7 +48,8 @@ class Schedule:
         self.worker = np.repeat(np.tile(np.arange(tiles.workers), rounds), of_slices)
         wide = (self.items[:, 6] & 1).astype(bool)
         kv_tiles = (self.items[:, 4] - self.items[:, 3]) // tiles.kv
-        self.cost = cost.item + kv_tiles * np.where(wide, cost.wide, cost.narrow)
+        self.cost = cost.of_items(kv_tiles, wide)
+        self._fixed = cost.of_items(np.zeros_like(kv_tiles), wide).sum()
         of_request = np.diff(plan.planned.qo_indptr.cpu().numpy()) * plan.planner.group
         self.prefill = of_request[self.items[:, 0]] > tiles.q_narrow
         width = np.where(wide, tiles.q_wide, tiles.q_narrow)
@@ -67,7 +68,7 @@ class Schedule:
         of_earlier = (np.cumsum(load) - load).astype(ends.dtype)  # workers
         begin = np.empty_like(ends)
         begin[order] = ends - self.cost[order] - of_earlier[self.worker[order]]
-        fixed = len(self.items) * self._cost.item / max(self.cost.sum(), 1)
+        fixed = self._fixed / max(self.cost.sum(), 1)
         note = f"longest item {self.cost.max(initial=0)}; {fixed:.0%} is the fixed cost of items"
         return Clock(
             "predicted", "units of csrc/cost.h", begin, begin + self.cost, self.worker, load, (note,)

@@ -132,4 +132,9 @@ inline unsigned long long atomicMax(unsigned long long* to, unsigned long long v
   if (value > before) *to = value;
   return before;
 }
+inline int atomicAdd(int* to, int value) {
+  int before = *to;
+  *to += value;
+  return before;
+}
 inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
