@@ -51,17 +51,22 @@ decltype(&cuTensorMapEncodeTiled) map_encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
 }
 
-cudaError_t make_map(CUtensorMap* map, void* base, int64_t page, int64_t token, int64_t head, int head_dim,
-                     const AttentionParams& p, int32_t box_tokens) {
+struct Axis {
+  int64_t size, stride;  // elements
+  int32_t box;
+};
+
+// 64 columns of the rows of a box
+cudaError_t make_map(CUtensorMap* map, void* base, int head_dim, Axis y, Axis z, Axis w) {
   auto encode = map_encoder();
   if (!encode) return cudaErrorNotSupported;
   constexpr bool kBf16 = sizeof(Element) == 2 && !std::is_same_v<Element, __half>;
   auto type = kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  cuuint64_t sizes[4] = {cuuint64_t(head_dim), cuuint64_t(p.kv.page_size), cuuint64_t(p.kv_heads),
-                         cuuint64_t(p.kv.num_pages)};
-  auto bytes = [](int64_t size, int64_t stride) { return size == 1 ? 16 : cuuint64_t(stride) * 2; };
-  cuuint64_t strides[3] = {bytes(sizes[1], token), bytes(sizes[2], head), bytes(sizes[3], page)};
-  cuuint32_t box[4] = {kLine, cuuint32_t(box_tokens), 1, 1}, steps[4] = {1, 1, 1, 1};
+  cuuint64_t sizes[4] = {cuuint64_t(head_dim), cuuint64_t(y.size), cuuint64_t(z.size), cuuint64_t(w.size)};
+  auto bytes = [](const Axis& a) { return a.size == 1 ? 16 : cuuint64_t(a.stride) * 2; };
+  cuuint64_t strides[3] = {bytes(y), bytes(z), bytes(w)};
+  cuuint32_t box[4] = {kLine, cuuint32_t(y.box), cuuint32_t(z.box), cuuint32_t(w.box)},
+             steps[4] = {1, 1, 1, 1};
   CUresult result =
       encode(map, type, 4, base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B,
@@ -81,12 +86,20 @@ extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_h
   params.box_tokens = box_tokens_for(attention->kv, params.page_shift);
   if (params.box_tokens > 0) {
     const fi::KVCache& kv = attention->kv;
-    cudaError_t error =
-        make_map(&params.k, kv.k, kv.k_page, kv.k_token, kv.k_head, kDimQk, *attention, params.box_tokens);
-    if (error == cudaSuccess)
-      error =
-          make_map(&params.v, kv.v, kv.v_page, kv.v_token, kv.v_head, kDimVo, *attention, params.box_tokens);
+    auto make = [&](CUtensorMap* map, void* base, int dim, int64_t page, int64_t token, int64_t head) {
+      return make_map(map, base, dim, {kv.page_size, token, params.box_tokens},
+                      {attention->kv_heads, head, 1}, {kv.num_pages, page, 1});
+    };
+    cudaError_t error = make(&params.k, kv.k, kDimQk, kv.k_page, kv.k_token, kv.k_head);
+    if (error == cudaSuccess) error = make(&params.v, kv.v, kDimVo, kv.v_page, kv.v_token, kv.v_head);
     if (error != cudaSuccess) return error;
+  }
+  if (kTileQ % attention->group == 0) {
+    int heads = attention->kv_heads * attention->group;
+    cudaError_t error = make_map(
+        &params.q, const_cast<void*>(attention->q), kDimQk, {heads, attention->q_head, attention->group},
+        {attention->tokens, attention->q_token, kTileQ / attention->group}, {1, 0, 1});
+    params.q_boxes = error == cudaSuccess;  // strides it does not take: copied row by row
   }
   // Per call, not once: the attribute belongs to the current device.
   cudaError_t error =

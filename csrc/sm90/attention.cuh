@@ -18,40 +18,42 @@ struct Consumer {
   const AttentionParams& p;
   const Args& args;
   const Smem& smem;
-  int group;                  // 0, 1
-  uint32_t tiles_before = 0;  // of all items before
+  int group;           // 0, 1
+  uint32_t tiles = 0;  // of all items so far, those with their output
 
   __device__ Consumer(const Params& all, const Smem& s)
       : params(all),
         p(all.attention),
         args(*reinterpret_cast<const Args*>(all.attention.variant_args)),
         smem(s),
-        group(threadIdx.x / kGroupThreads - 1) {}
+        group(uniform(threadIdx.x / kGroupThreads - 1)) {}
 
   __device__ __forceinline__ void run() {
     if (group == 1) named_arrive(kTurnBarrier, 2 * kGroupThreads);  // the first turn is group 0's
+    Started<true> wide;
+    Started<false> narrow;
     for (uint32_t n = 0;; ++n) {
-      int stage = n % kQStages;
-      barrier_wait(smem.q_full(stage), n / kQStages & 1);
-      const Task& task = smem.task(stage);
+      const Task& task = await_task(n);
       if (task.request < 0) break;
-      bool timed = kProfile && threadIdx.x == kGroupThreads;
-      if (timed) ItemTimer<kProfile>::start(p, smem.control.item[stage]);
       if (task.end > task.begin) {
-        fence_async_proxy();  // Q came by cp.async
         if (task.wide) {
-          attend<true>(task, smem.q(stage));
+          attend(n, task, wide);
         } else {
-          attend<false>(task, smem.q(stage));
+          attend(n, task, narrow);
         }
-        tiles_before += task.tiles;
       }
-      if constexpr (kProfile) named_sync(kConsumersBarrier, kConsumers * kGroupThreads);
-      if (timed) ItemTimer<kProfile>::stop(p, smem.control.item[stage]);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) barrier_arrive(smem.q_empty(stage));
+      fence_async_proxy();  // Q's place was written and read in the meantime, and TMA is next
+      barrier_arrive(smem.q_empty(n % kQStages));
     }
     if (group == 0) named_sync(kTurnBarrier, 2 * kGroupThreads);  // takes the arrival that is left
+  }
+
+  // Item n and its queries, which have arrived.
+  __device__ __forceinline__ const Task& await_task(uint32_t n) const {
+    barrier_wait(smem.task_full(n % kQStages), n / kQStages & 1);
+    barrier_wait(smem.q_full(n % kQStages), n / kQStages & 1);
+    fence_async_proxy();  // Q came by cp.async
+    return smem.task(n % kQStages);
   }
 
   // Slot of tile n, which has arrived.
@@ -67,63 +69,107 @@ struct Consumer {
     if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty_of(n));
   }
 
+  // This warpgroup's part of a tile.
   template <bool kWide>
-  __device__ __forceinline__ void attend(const Task& task, uint32_t q) {
-    constexpr int kTokens = kWide ? kTileKv : kTileKv / kConsumers;  // of a KV tile, for this warpgroup
-    int thread = threadIdx.x % kGroupThreads;
-    int group_row = kWide ? group * kGroupRows : 0, group_token = kWide ? 0 : group * kTokens;
-    uint32_t half = group_token * kLineBytes;
-    RowState state(p, args, task, group_row + thread / 32 * 16 + thread % 32 / 4);
+  struct Part {
+    static constexpr int kTokens = kWide ? kTileKv : kTileKv / kConsumers;
+    int row, token;
+
+    __device__ explicit Part(int group)
+        : row(kWide ? group * kGroupRows : 0), token(kWide ? 0 : group * kTokens) {}
+    __device__ __forceinline__ uint32_t of_q(uint32_t q) const { return q + row * kLineBytes; }
+    __device__ __forceinline__ uint32_t of_kv(uint32_t slot) const { return slot + token * kLineBytes; }
+  };
+
+  // The weights of an item's first tile, if they were computed together with the last output of the item
+  // before.
+  template <bool kWide>
+  struct Started {
+    bool yes = false;
+    Probabilities<Part<kWide>::kTokens> probabilities;
+    float max[2], sum[2];
+  };
+
+  template <bool kWide>
+  __device__ __forceinline__ void attend(uint32_t n, const Task& task, Started<kWide>& started) {
+    constexpr int kTokens = Part<kWide>::kTokens;
+    const Part<kWide> part(group);
+    const int first_row = part.row + threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
+    const uint32_t q = smem.q(n % kQStages);
+    auto& probabilities = started.probabilities;
     Output o;
+    Scores<kTokens> s;
+    float keep[2];
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) o[i] = 0.f;
-    if (int tiles = task.tiles; tiles > 0) {
-      uint32_t rows = q + group_row * kLineBytes;
-      int token = task.first_token + group_token;
-      Scores<kTokens> s;
-      Probabilities<kTokens> probabilities;
-      float keep[2];
-      bool boxes = by_boxes(params, task, 0);
-      uint32_t n = tiles_before, slot = wait_for(smem.k, n, boxes);
-      products_fence();
-      issue_scores<kTokens>(s, rows, slot + half);
-      products_commit();
-      products_wait<0>(s);
-      release(smem.k, n);
-      state.step<kTokens, 0>(s, keep[0], token);
-      state.step<kTokens, 1>(s, keep[1], token);
-      RowState::pack<kTokens>(probabilities, s);
-      for (int tile = 1; tile < tiles; ++tile) {
-        bool v_boxes = boxes;
-        boxes = by_boxes(params, task, tile);
-        token += kTileKv;
-        slot = wait_for(smem.k, n + 1, boxes);
+
+    start_timer(n);
+    RowState state(p, args, task, first_row);
+    if (task.tiles > 0) {
+      const BoxTiles by_tma(params, task);
+      bool boxes = by_tma.has(0);
+      int token = task.first_token + part.token;
+      if (started.yes) {
+        state.take(started.max, started.sum);
+      } else {
+        uint32_t slot = wait_for(smem.k, tiles, boxes);
+        products_fence();
+        issue_scores<kTokens>(s, part.of_q(q), part.of_kv(slot));
+        products_commit();
+        products_wait<0>(s);
+        release(smem.k, tiles);
+        state.step<kTokens>(s, keep, token, [](float) {});
+        RowState::pack<kTokens>(probabilities, s);
+      }
+
+      // Scores of the next K tile and output of the last V tile: returns when the scores are there.
+      auto advance = [&](uint32_t q, bool k_boxes) {
+        uint32_t slot = wait_for(smem.k, tiles + 1, k_boxes);
         if constexpr (kWide) named_sync(kTurnBarrier + group, 2 * kGroupThreads);
         products_fence();
-        issue_scores<kTokens>(s, rows, slot + half);
+        issue_scores<kTokens>(s, part.of_q(q), part.of_kv(slot));
         products_commit();
-        slot = wait_for(smem.v, n, v_boxes);
+        slot = wait_for(smem.v, tiles, boxes);
         products_fence();
-        issue_outputs<kTokens>(o, probabilities, slot + half);
+        issue_outputs<kTokens>(o, probabilities, part.of_kv(slot));
         products_commit();
         if constexpr (kWide) named_arrive(kTurnBarrier + 1 - group, 2 * kGroupThreads);
         products_wait<1>(s);
-        release(smem.k, n + 1);
-        state.step<kTokens, 0>(s, keep[0], token);
-        products_wait<0>(o);  // not after the second row: V's slot is wanted
-        release(smem.v, n);
-        state.step<kTokens, 1>(s, keep[1], token);
+        release(smem.k, tiles + 1);
+        boxes = k_boxes;
+      };
+      auto output_done = [&](float x) {  // as early as may be: V's slot is wanted
+        before_next_wait(x, smem_address(&smem.control.nowhere));
+        products_wait<0>(o);
+        release(smem.v, tiles);
+      };
+
+      for (int tile = 1; tile < task.tiles; ++tile) {
+        token += kTileKv;
+        advance(q, by_tma.has(tile));
+        state.step<kTokens>(s, keep, token, output_done);
         RowState::rescale(o, keep);
         RowState::pack<kTokens>(probabilities, s);
-        ++n;
+        ++tiles;
       }
-      slot = wait_for(smem.v, n, boxes);
-      products_fence();
-      issue_outputs<kTokens>(o, probabilities, slot + half);
-      products_commit();
-      products_wait<0>(o);
-      release(smem.v, n);
+      started.yes = same_width_next<kWide>(n);
+      if (started.yes) {
+        const Task& next = smem.task((n + 1) % kQStages);
+        advance(smem.q((n + 1) % kQStages), BoxTiles(params, next).has(0));
+        RowState next_state(p, args, next, first_row);
+        next_state.step<kTokens>(s, keep, next.first_token + part.token, output_done);
+        next_state.give(started.max, started.sum);
+        RowState::pack<kTokens>(probabilities, s);
+      } else {
+        uint32_t slot = wait_for(smem.v, tiles, boxes);
+        products_fence();
+        issue_outputs<kTokens>(o, probabilities, part.of_kv(slot));
+        products_commit();
+        output_done(0.f);
+      }
+      ++tiles;
     }
+
     state.finish();
     if constexpr (kWide) {
       if (task.slot >= 0) {
@@ -133,14 +179,32 @@ struct Consumer {
         store_whole_rows(state, o, q);
       }
     } else {
-      join_groups(task, state, o, q);
+      join_groups(state, o, q);
+    }
+    if constexpr (kProfile) {
+      named_sync(kConsumersBarrier, kConsumers * kGroupThreads);
+      if (timed()) ItemTimer<kProfile>::stop(p, smem.control.item[n % kQStages]);
     }
   }
 
-  __device__ __forceinline__ void join_groups(const Task& task, RowState& state, Output& o, uint32_t q) {
+  __device__ __forceinline__ static bool timed() { return kProfile && threadIdx.x == kGroupThreads; }
+  __device__ __forceinline__ void start_timer(uint32_t n) const {
+    if (timed()) ItemTimer<kProfile>::start(p, smem.control.item[n % kQStages]);
+  }
+
+  template <bool kWide>
+  __device__ __forceinline__ bool same_width_next(uint32_t n) const {
+    // One stage: the next item's queries want this one's place. Narrow: it would wait for the next item's
+    // keys.
+    if constexpr (kQStages == 1 || !kWide) return false;
+    const Task& next = await_task(n + 1);
+    return next.request >= 0 && next.end > next.begin && next.tiles > 0 && bool(next.wide) == kWide;
+  }
+
+  __device__ __forceinline__ void join_groups(RowState& state, Output& o, uint32_t q) {
     float* values = reinterpret_cast<float*>(__cvta_shared_to_generic(q));
-    bool rows = state.first_row / 16 * 16 < task.end - task.begin;  // of this warp
-    named_sync(kConsumersBarrier, kConsumers * kGroupThreads);      // both have read Q
+    bool rows = state.first_row / 16 * 16 < state.task->end - state.task->begin;  // of this warp
+    named_sync(kConsumersBarrier, kConsumers * kGroupThreads);                    // both have read Q
     if (group == 1 && rows) give_state(state, o, values, smem.control.states);
     named_sync(kConsumersBarrier, kConsumers * kGroupThreads);
     if (group == 0 && rows) {
@@ -157,6 +221,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     smem.init_barriers();
     prefetch_map(&params.k);
     prefetch_map(&params.v);
+    prefetch_map(&params.q);
   }
   let_next_kernel_launch();
   __syncthreads();

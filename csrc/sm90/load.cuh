@@ -5,14 +5,16 @@
 
 namespace fi::sm90 {
 
-// Walks the worker's items, and loads rows of Q by cp.async.
+// Walks the worker's items, and loads rows of Q: whole wide tiles by TMA where the heads of a group fill
+// them, others by cp.async.
 struct QueryProducer {
+  const Params& params;
   const AttentionParams& p;
   const Smem& smem;
   int lane;
 
-  __device__ QueryProducer(const Params& params, const Smem& s)
-      : p(params.attention), smem(s), lane(threadIdx.x % 32) {}
+  __device__ QueryProducer(const Params& all, const Smem& s)
+      : params(all), p(all.attention), smem(s), lane(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void run() const {
     const Args& args = *reinterpret_cast<const Args*>(p.variant_args);
@@ -37,13 +39,28 @@ struct QueryProducer {
         barrier_arrive(smem.task_full(stage));
       }
       __syncwarp();
-      if (item < end && task.end > task.begin) load_rows(task, smem.q(stage));
+      if (item < end && task.end > task.begin) {
+        if (params.q_boxes && task.wide) {
+          if (lane == 0) load_boxes(task, smem.q(stage), smem.q_full(stage));
+        } else {
+          load_rows(task, smem.q(stage));
+        }
+      }
       barrier_arrive_copies(smem.q_full(stage));
       if (item >= end) return;
     }
   }
 
  private:
+  // Rows past the end are other requests' or zero.
+  __device__ __forceinline__ void load_boxes(const Task& task, uint32_t dst, uint32_t full) const {
+    barrier_expect(full, kQBytes);
+#pragma unroll
+    for (int line = 0; line < kLinesQk; ++line)
+      copy_box(dst + line * kTileQ * kLineBytes, &params.q, full, line * kLine, task.kv_head * p.group,
+               task.q_first + task.token_of(p, task.begin), 0);
+  }
+
   // Rows past the end repeat the last one. Of a narrow tile those that exist, to the next 16: nobody looks at
   // the others' results.
   __device__ __forceinline__ void load_rows(const Task& task, uint32_t dst) const {
@@ -97,7 +114,8 @@ struct PageWindow {
 };
 
 // Where a KV tile comes from, as one lane sees it. boxes: the lane's box of K and of V. Otherwise two of its
-// warp's tokens; whole: every token of the tile is a key of it.
+// warp's tokens, with entries of the page table for pages: they arrive while other tiles are loaded. whole:
+// every token of the tile is a key of it.
 struct Source {
   bool boxes, whole;
   TokenPlace at[2];
@@ -126,18 +144,18 @@ struct KvProducer {
       const Task& task = smem.task(stage);
       if (task.request < 0) return;
       if (task.tiles > 0) load_tiles(task);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(smem.q_empty(stage));
+      barrier_arrive(smem.q_empty(stage));
     }
   }
 
  private:
   __device__ __forceinline__ void load_tiles(const Task& task) {
     PageWindow window(params, task);
-    Source next = find_tile(task, window, 0), before;
+    const BoxTiles by_tma(params, task);
+    Source next = find_tile(task, window, 0, by_tma.has(0)), before;
     for (int t = 0; t < task.tiles; ++t) {
       Source source = next;
-      if (t + 1 < task.tiles) next = find_tile(task, window, t + 1);
+      if (t + 1 < task.tiles) next = find_tile(task, window, t + 1, by_tma.has(t + 1));
       load_k(task, source);
       if (t > 0) load_v(task, before);
       before = source;
@@ -167,9 +185,9 @@ struct KvProducer {
     }
   }
 
-  __device__ __forceinline__ Source find_tile(const Task& task, PageWindow& window, int t) const {
+  __device__ __forceinline__ Source find_tile(const Task& task, PageWindow& window, int t, bool boxes) const {
     int token = task.first_token + t * kTileKv;
-    if (by_boxes(params, task, t)) {
+    if (boxes) {
       TokenPlace k = find_box<kLinesQk>(window, token);
       if constexpr (kLinesQk == kLinesVo) return {true, true, {k, k}};
       return {true, true, {k, find_box<kLinesVo>(window, token)}};
@@ -201,20 +219,26 @@ struct KvProducer {
     copy_box(slot + (line * kTileKv + first) * kLineBytes, map, full, line * kLine, at.offset, head, at.page);
   }
 
-  // n: of the warp's tokens, in its order
   __device__ __forceinline__ int token_of(int n) const {
     return kRows * (n / kRows * kWarps + warp) + n % kRows;
   }
 
-  // Task::find, with shifts for divisions where the page size allows.
+  // n: of the warp's tokens, in its order. An entry of the page table in place of the page.
   __device__ __forceinline__ TokenPlace find_token(const Task& task, int tile_token, int n) const {
     int token = tile_token + token_of(n);
     if (token_of(n) >= kTileKv || token < task.key_begin || token >= task.key_end) return {-1, 0};
-    if (params.page_shift < 0) return task.find(p, token);
-    int page = token >> params.page_shift;
-    int entry = task.entries[int64_t(page) * p.batch.entry_step];
-    return {p.batch.entries_are_slots ? entry >> params.page_shift : entry,
-            token - (page << params.page_shift)};
+    int page = params.page_shift < 0 ? token / p.kv.page_size : token >> params.page_shift;
+    return {task.entries[int64_t(page) * p.batch.entry_step], token - page * p.kv.page_size};
+  }
+
+  // Bytes from the base; negative: not a key.
+  __device__ __forceinline__ int64_t offset_of(TokenPlace at, int64_t page_stride,
+                                               int64_t token_stride) const {
+    if (at.page < 0) return -1;
+    int page = at.page;
+    if (p.batch.entries_are_slots)
+      page = params.page_shift < 0 ? page / p.kv.page_size : page >> params.page_shift;
+    return (page * page_stride + at.offset * token_stride) * 2;
   }
 
   // Tokens that are not keys of the tile become zero, unread. base already points at the KV head.
@@ -229,9 +253,7 @@ struct KvProducer {
     const char* from = reinterpret_cast<const char*>(base + lane % kChunks * 8);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      TokenPlace at = source.at[half];
-      // bytes; negative: not a key
-      int64_t offset = at.page < 0 ? -1 : (at.page * page_stride + at.offset * token_stride) * 2;
+      int64_t offset = offset_of(source.at[half], page_stride, token_stride);
       constexpr int kEnds[] = {0, kHalf, kPasses};
       if (source.whole) {
         gather_passes<kChunks, true>(slot, from, offset, kEnds[half], kEnds[half + 1]);
@@ -247,22 +269,28 @@ struct KvProducer {
                                                 int end) const {
     constexpr int kTokens = kRows * kWarps;                 // of a pass
     constexpr int kPeriod = kTokens < 8 ? 8 / kTokens : 1;  // passes until the lines repeat
+    constexpr int kBatch = 8;  // passes looked up together, to wait for shuffles once
+    static_assert(kBatch % kPeriod == 0);
     int in_pass = lane / kChunks;
     bool idle = kRows * kChunks < 32 && in_pass >= kRows;
     uint32_t dst[kPeriod];
 #pragma unroll
     for (int i = 0; i < kPeriod; ++i)
       dst[i] = slot + chunk_offset<kTileKv>(kRows * warp + in_pass + (begin + i) * kTokens, lane % kChunks);
-#pragma unroll 2
-    for (int pass = begin; pass < end; pass += kPeriod) {
+#pragma unroll 1
+    for (int pass = begin; pass < end; pass += kBatch) {
+      int64_t offsets[kBatch];
 #pragma unroll
-      for (int i = 0; i < kPeriod; ++i) {
-        int64_t offset = __shfl_sync(~0u, held, kRows * (pass + i) + in_pass);
-        if (idle) continue;
-        bool key = kWhole || offset >= 0;
-        copy_async_16(dst[i], from + (key ? offset : 0), key);
-        dst[i] += kPeriod * kTokens * kLineBytes;
+      for (int i = 0; i < kBatch; ++i) offsets[i] = __shfl_sync(~0u, held, kRows * (pass + i) + in_pass);
+      if (idle) continue;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        bool key = kWhole || offsets[i] >= 0;
+        copy_async_16(dst[i % kPeriod] + i / kPeriod * (kPeriod * kTokens * kLineBytes),
+                      from + (key ? offsets[i] : 0), key);
       }
+#pragma unroll
+      for (int i = 0; i < kPeriod; ++i) dst[i] += kBatch * kTokens * kLineBytes;
     }
   }
 };

@@ -8,12 +8,12 @@ namespace fi::sm90 {
 // s = Q K^T, for the first kTokens rows of a K tile at k
 template <int kTokens>
 __device__ __forceinline__ void issue_scores(Scores<kTokens>& s, uint32_t q, uint32_t k) {
+  Descriptor a(q, 0, 8 * kLineBytes), b(k, 0, 8 * kLineBytes);
 #pragma unroll
   for (int step = 0; step < kDimQk / 16; ++step) {
     int line = step / 4, within = step % 4 * 32;  // bytes
-    uint64_t a = descriptor(q + line * kTileQ * kLineBytes + within, 0, 8 * kLineBytes);
-    uint64_t b = descriptor(k + line * kTileKv * kLineBytes + within, 0, 8 * kLineBytes);
-    Products<kTokens>::ss(s, a, b, step > 0);
+    Products<kTokens>::ss(s, a.at(line * kTileQ * kLineBytes + within),
+                          b.at(line * kTileKv * kLineBytes + within), step > 0);
   }
 }
 
@@ -21,11 +21,10 @@ __device__ __forceinline__ void issue_scores(Scores<kTokens>& s, uint32_t q, uin
 template <int kTokens>
 __device__ __forceinline__ void issue_outputs(Output& o, const Probabilities<kTokens>& probabilities,
                                               uint32_t v) {
+  Descriptor b(v, kTileKv * kLineBytes, 8 * kLineBytes);
 #pragma unroll
-  for (int step = 0; step < kTokens / 16; ++step) {
-    uint64_t b = descriptor(v + step * 16 * kLineBytes, kTileKv * kLineBytes, 8 * kLineBytes);
-    Products<kDimVo>::rs(o, probabilities[step], b);
-  }
+  for (int step = 0; step < kTokens / 16; ++step)
+    Products<kDimVo>::rs(o, probabilities[step], b.at(step * 16 * kLineBytes));
 }
 
 }  // namespace fi::sm90

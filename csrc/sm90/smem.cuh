@@ -9,16 +9,22 @@ namespace fi::sm90 {
 struct Params {
   AttentionParams attention;
   CUtensorMap k, v;    // [pages, kv_heads, page_size, head_dim]; box: box_tokens tokens, 64 columns
+  CUtensorMap q;       // [1, tokens, q_heads, head_dim]; box: a wide tile's tokens and heads, 64 columns
   int32_t box_tokens;  // 0: TMA cannot read this cache
+  int32_t q_boxes;     // 1: wide tiles of queries come by TMA
   int32_t page_shift;  // log2 of the page size, -1: it is not a power of two
 };
 
-// Whether a KV tile comes by TMA. Not where it holds tokens that are not the request's keys or lie before all
-// windows: what is read there must be zero, and a box knows no rows.
-__device__ __forceinline__ bool by_boxes(const Params& params, const Task& task, int t) {
-  int first = task.first_token + t * kTileKv;
-  return params.box_tokens > 0 && first >= task.key_begin && first + kTileKv <= task.kv_len;
-}
+// The KV tiles of a task that come by TMA. Not those that hold tokens which are not the request's keys or lie
+// before all windows: what is read there must be zero, and a box knows no rows.
+struct BoxTiles {
+  int begin, end;
+
+  __device__ __forceinline__ BoxTiles(const Params& params, const Task& task)
+      : begin(task.first_token < task.key_begin),
+        end(params.box_tokens > 0 ? (task.kv_len - task.first_token) / kTileKv : 0) {}
+  __device__ __forceinline__ bool has(int tile) const { return tile >= begin && tile < end; }
+};
 
 enum NamedBarrier : int {
   kConsumersBarrier = 1,                      // both consumer warpgroups
@@ -31,6 +37,7 @@ struct Control {  // barriers are named by their event
   uint64_t task_full[kQStages], q_full[kQStages], q_empty[kQStages];
   Task task[kQStages];
   int32_t item[kQStages];     // profiling builds: of the task
+  float nowhere;              // see before_next_wait
   float2 states[kGroupRows];  // max and sum of the second warpgroup's rows, narrow tiles
 };
 static_assert(sizeof(Control) <= kControlBytes, "kControlBytes");
@@ -87,7 +94,7 @@ struct Smem {
     for (int i = 0; i < kQStages; ++i) {
       barrier_init(task_full(i), 1);
       barrier_init(q_full(i), 32);
-      barrier_init(q_empty(i), kConsumerWarps + kKvThreads / 32);  // the task lies there too
+      barrier_init(q_empty(i), kConsumers * kGroupThreads + kKvThreads);  // the task lies there too
     }
     fence_barrier_init();
   }

@@ -2,6 +2,7 @@
 #pragma once
 #include "../state.h"
 #include "smem.cuh"
+#include "wgmma.cuh"
 
 namespace fi::sm90 {
 
@@ -16,7 +17,7 @@ using Probabilities = uint32_t[kTokens / 16][4];  // pairs of Element, as the ne
 struct RowState {
   const AttentionParams& p;
   const Args& args;
-  const Task& task;
+  const Task* task;
   int first_row;      // of the tile; the second row is 8 further on
   KeyRange all_rows;  // keys that every row of the warp sees
   float max[2];       // in units of the scores; -inf: no key yet
@@ -24,7 +25,7 @@ struct RowState {
 
   __device__ __forceinline__ RowState(const AttentionParams& params, const Args& variant_args, const Task& t,
                                       int first)
-      : p(params), args(variant_args), task(t), first_row(first), all_rows{0, t.kv_len} {
+      : p(params), args(variant_args), task(&t), first_row(first), all_rows{0, t.kv_len} {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       Row r = row(i);
@@ -37,40 +38,55 @@ struct RowState {
     all_rows = {__reduce_max_sync(~0u, all_rows.begin), __reduce_min_sync(~0u, all_rows.end)};
   }
 
-  __device__ __forceinline__ int packed(int i) const { return task.begin + first_row + 8 * i; }
-  __device__ __forceinline__ Row row(int i) const { return task.row(p, packed(i)); }
+  __device__ __forceinline__ void take(const float (&max_)[2], const float (&sum_)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) max[i] = max_[i], sum[i] = sum_[i];
+  }
+  __device__ __forceinline__ void give(float (&max_)[2], float (&sum_)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) max_[i] = max[i], sum_[i] = sum[i];
+  }
 
-  // Scores of one of the two rows into weights. keep: what its sums so far are to be multiplied by. token:
-  // the first of the scores, in the request.
-  template <int kTokens, int kRow>
-  __device__ __forceinline__ void step(Scores<kTokens>& s, float& keep, int token) {
-    int first = token + threadIdx.x % 4 * 2;
-    if constexpr (Variant::kHasLogits) {
-      Row r = row(kRow);
+  __device__ __forceinline__ int packed(int i) const { return task->begin + first_row + 8 * i; }
+  __device__ __forceinline__ Row row(int i) const { return task->row(p, packed(i)); }
+
+  // Scores into weights. keep: what a row's sums so far are to be multiplied by. token: the first of the
+  // scores, in the request. halfway(x) comes between the exponentials, those before it being needed for x.
+  template <int kTokens, class Halfway>
+  __device__ __forceinline__ void step(Scores<kTokens>& s, float (&keep)[2], int token, Halfway halfway) {
+    transform<kTokens>(s, token);
+    float to_log2 = log2_of_score(), base[2];
 #pragma unroll
-      for (int n = 0; n < kTokens / 8; ++n)
+    for (int r = 0; r < 2; ++r) {
+      float m = row_max<kTokens>(s, r);
+      m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+      m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+      base[r] = m == -INFINITY ? 0.f : __fmul_rn(m, to_log2);  // -inf - -inf would be NaN
+      keep[r] =
+          exp2_approx(__fmul_rn(max[r], to_log2) - base[r]);  // said, not fused: 1 where the maximum stays
+      max[r] = m;
+    }
+    float sums[2][kChains] = {};
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; ++n) {
+      if (n == kTokens / 16) halfway(sums[0][0] + sums[1][0]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float& x = s[4 * n + 2 * kRow + i];
-          x = kLog2e * Variant::logits(args, x * p.scale, r, first + 8 * n + i);
+          float& x = s[4 * n + 2 * r + i];
+          x = exp2_approx(fmaf(x, to_log2, -base[r]));
+          sums[r][(2 * n + i) % kChains] += x;
         }
+      }
     }
-    if (token < all_rows.begin || token + kTokens > all_rows.end) {
-      Row r = row(kRow);
-      KeyRange k = Variant::keys(args, r);
 #pragma unroll
-      for (int n = 0; n < kTokens / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          int t = first + 8 * n + i;
-          bool seen = Variant::sees(args, r, t);  // before the range: one load a row, not one a key
-          if (!seen || t < k.begin || t >= k.end) s[4 * n + 2 * kRow + i] = -INFINITY;
-        }
-    }
-    step_row<kTokens>(s, keep, kRow);
+    for (int r = 0; r < 2; ++r)
+      sum[r] = fmaf(sum[r], keep[r], (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]));
   }
 
   __device__ __forceinline__ static void rescale(Output& o, const float (&keep)[2]) {
+    if (__all_sync(~0u, keep[0] == 1.f && keep[1] == 1.f)) return;  // most tiles have no new maximum
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) o[i] *= keep[i / 2 % 2];
   }
@@ -89,32 +105,58 @@ struct RowState {
     for (int i = 0; i < 2; ++i) {
       sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
       sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
-      max[i] *= to_log2();
+      max[i] *= log2_of_score();
     }
   }
 
  private:
-  // from units of the scores: a logits transform leaves log2
-  __device__ __forceinline__ float to_log2() const { return Variant::kHasLogits ? 1.f : p.scale * kLog2e; }
+  // a logits transform leaves log2
+  __device__ __forceinline__ float log2_of_score() const {
+    return Variant::kHasLogits ? 1.f : p.scale * kLog2e;
+  }
+
+  // Maximum of this thread's scores of a row and of those so far. In independent chains: one would take
+  // longer than the products beside it.
+  static constexpr int kChains = 4;
+  template <int kTokens>
+  __device__ __forceinline__ float row_max(const Scores<kTokens>& s, int r) const {
+    float m[kChains];
+#pragma unroll
+    for (int i = 0; i < kTokens / 4; ++i) {
+      float x = s[4 * (i / 2) + 2 * r + i % 2];
+      m[i % kChains] = i < kChains ? x : fmaxf(m[i % kChains], x);
+    }
+    return fmaxf(fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3])), max[r]);
+  }
 
   template <int kTokens>
-  __device__ __forceinline__ void step_row(Scores<kTokens>& s, float& keep, int r) {
-    float m = max[r];
+  __device__ __forceinline__ void transform(Scores<kTokens>& s, int token) {
+    bool masked = token < all_rows.begin || token + kTokens > all_rows.end;
+    int first = token + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int n = 0; n < kTokens / 8; ++n) m = fmaxf(m, fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
-    m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-    m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-    float base = m == -INFINITY ? 0.f : m * to_log2();  // -inf - -inf would be NaN
-    keep = exp2_approx(max[r] * to_log2() - base);
-    max[r] = m;
-    sum[r] *= keep;
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (Variant::kHasLogits) {
+        Row query = row(r);
 #pragma unroll
-    for (int n = 0; n < kTokens / 8; ++n) {
-      float& x = s[4 * n + 2 * r];
-      float& y = s[4 * n + 2 * r + 1];
-      x = exp2_approx(fmaf(x, to_log2(), -base));
-      y = exp2_approx(fmaf(y, to_log2(), -base));
-      sum[r] += x + y;
+        for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& x = s[4 * n + 2 * r + i];
+            x = kLog2e * Variant::logits(args, x * p.scale, query, first + 8 * n + i);
+          }
+      }
+      if (masked) {
+        Row query = row(r);
+        KeyRange k = Variant::keys(args, query);
+        auto mask = Variant::mask(args, query);
+#pragma unroll
+        for (int n = 0; n < kTokens / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            int t = first + 8 * n + i;
+            if (!mask.sees(t) || t < k.begin || t >= k.end) s[4 * n + 2 * r + i] = -INFINITY;
+          }
+      }
     }
   }
 };

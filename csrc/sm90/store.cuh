@@ -10,8 +10,8 @@ __device__ __forceinline__ void store_rows(const RowState& state, const Output& 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     int packed = state.packed(i);
-    if (packed >= state.task.end) continue;
-    RowTarget target(state.p, state.args, state.task, packed, state.sum[i], state.max[i], lane % 4 == 0);
+    if (packed >= state.task->end) continue;
+    RowTarget target(state.p, state.args, *state.task, packed, state.sum[i], state.max[i], lane % 4 == 0);
 #pragma unroll
     for (int n = 0; n < kDimVo / 8; ++n)
       target.store2(8 * n + lane % 4 * 2, o[4 * n + 2 * i], o[4 * n + 2 * i + 1]);
@@ -21,7 +21,7 @@ __device__ __forceinline__ void store_rows(const RowState& state, const Output& 
 // Whole rows of the output through shared memory: 16 bytes a store, whole lines a warp. The warp's 16 rows of
 // Q, which nobody reads any more, are the place.
 __device__ __forceinline__ void store_whole_rows(const RowState& state, const Output& o, uint32_t q) {
-  const Task& task = state.task;
+  const Task& task = *state.task;
   const AttentionParams& p = state.p;
   int lane = threadIdx.x % 32;
 #pragma unroll

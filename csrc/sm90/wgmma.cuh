@@ -7,10 +7,16 @@ namespace fi::sm90 {
 
 // Shared memory as wgmma reads it, 128-byte swizzle. stride: bytes from eight lines to the next eight.
 // leading: from 64 columns to the next 64, where columns are the long side of a line (V); otherwise unused.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address, int leading, int stride) {
-  return uint64_t(address >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
-         uint64_t(1) << 62;
-}
+struct Descriptor {
+  uint32_t low, high;
+
+  __device__ __forceinline__ Descriptor(uint32_t address, int leading, int stride)
+      : low(address >> 4 | uint32_t(leading >> 4) << 16), high(uint32_t(stride >> 4) | 1u << 30) {}
+  // bytes further on
+  __device__ __forceinline__ uint64_t at(int offset) const {
+    return uint64_t(high) << 32 | (low + (offset >> 4));
+  }
+};
 
 // Before the first product that reads registers which others wrote.
 __device__ __forceinline__ void products_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
@@ -25,6 +31,19 @@ __device__ __forceinline__ void products_wait(float (&d)[kRegisters]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 #pragma unroll
   for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// What computes x, which is finite, comes before the next wait: the compiler would rather wait first.
+// address: where a float could be stored.
+__device__ __forceinline__ void before_next_wait(float x, uint32_t address) {
+  asm volatile(
+      "{\n"
+      ".reg .pred never;\n"
+      "setp.eq.f32 never, %0, 0f7f800000;\n"
+      "@never st.shared.f32 [%1], %0;\n"
+      "}\n" ::"f"(x),
+      "r"(address)
+      : "memory");
 }
 
 #if defined(FI_ELEMENT_BF16)
