@@ -23,11 +23,6 @@ def cpu_backend() -> bool:
     return _flag("FI_BACKEND_CPU")
 
 
-def sm90() -> bool:
-    """FI_SM90=1: take the wgmma kernels where they can serve (experimental; README says how far they are)."""
-    return _flag("FI_SM90")
-
-
 def cache_dir() -> Path:
     """FI_CACHE_DIR: where compiled libraries are kept. Default ~/.cache/fi_backend."""
     given = os.environ.get("FI_CACHE_DIR")

@@ -262,33 +262,25 @@ TMA = "TMA; cp.async for tiles with tokens that are no keys or before all window
 
 
 @pytest.mark.parametrize(
-    ("options", "flag", "wanted"),
+    ("options", "wanted"),
     [
-        ("", "1", "sm90|every condition of sm90 holds|q_wide 128, q_narrow 64, kv 128"),
-        ("--head-dim 256", "1", "sm90|every condition of sm90 holds|q_wide 128, q_narrow 64, kv 64"),
-        ("", "0", "sm80|FI_SM90=1 is not set|q_wide 128, q_narrow 16, kv 64"),
-        ("--head-dim-vo 192", "1", "sm80|head_dim_vo 192 exceeds head_dim 128|q_wide 64, q_narrow 16, kv 64"),
+        ("", "sm90|every condition of sm90 holds|q_wide 128, q_narrow 64, kv 128"),
+        ("--head-dim 256", "sm90|every condition of sm90 holds|q_wide 128, q_narrow 64, kv 64"),
+        ("--head-dim-vo 192", "sm80|head_dim_vo 192 exceeds head_dim 128|q_wide 64, q_narrow 16, kv 64"),
         (
             "--head-dim 96",
-            "1",
             "sm80|head_dim 96 is not a multiple of 64; head_dim_vo 96 is not a multiple of 64"
             "|q_wide 128, q_narrow 16, kv 64",
         ),
         (
             "--batch-invariant",
-            "0",
-            "sm80|batch invariant builds are sm80's; FI_SM90=1 is not set|q_wide 128, q_narrow 16, kv 64",
+            "sm80|batch invariant builds are sm80's|q_wide 128, q_narrow 16, kv 64",
         ),
-        ("--arch 8.6", "1", "sm80|arch is sm86, not sm90|q_wide 128, q_narrow 16, kv 64"),
-        (
-            "--arch cpu --dtype f32 --head-dim 8",
-            "1",
-            "cpu|the CPU has one executor|q_wide 64, q_narrow 16, kv 64",
-        ),
+        ("--arch 8.6", "sm80|arch is sm86, not sm90|q_wide 128, q_narrow 16, kv 64"),
+        ("--arch cpu --dtype f32 --head-dim 8", "cpu|the CPU has one executor|q_wide 64, q_narrow 16, kv 64"),
     ],
 )
-def test_explain(options: str, flag: str, wanted: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FI_SM90", flag)
+def test_explain(options: str, wanted: str, capsys) -> None:
     said = _explained(capsys, options)
     assert [said[key] for key in ("room", "reason", "tiles")] == wanted.split("|")
 
@@ -305,8 +297,7 @@ def test_explain(options: str, flag: str, wanted: str, capsys, monkeypatch: pyte
         ("", f"page sizes that are powers of two from 8 up: {TMA}"),
     ],
 )
-def test_explain_loads(options: str, wanted: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FI_SM90", "1")
+def test_explain_loads(options: str, wanted: str, capsys) -> None:
     said = _explained(capsys, options)
     assert said["K and V"] == wanted
     assert said.get("and") == (None if options else "other page sizes: cp.async")

@@ -29,19 +29,6 @@ SPECS = [
     )
     for dtype, qk, vo, variant in wanted
 ]
-# for sm90's room
-WGMMA = [
-    jit.Spec(90, dtype, qk, vo, parse(variant))
-    for dtype, qk, vo, variant in (
-        ("bf16", 128, 128, "CAUSAL"),
-        ("bf16", 192, 128, "CAUSAL"),
-        ("bf16", 256, 256, "CAUSAL"),
-        ("f16", 128, 128, "CAUSAL"),
-        LARGEST,
-        TREE,
-    )
-]
-CASES = [(80, spec) for spec in SPECS] + [(90, spec) for spec in WGMMA]
 
 
 def nvcc_missing() -> str:
@@ -57,14 +44,7 @@ pytestmark = pytest.mark.skipif(bool(nvcc_missing()), reason=f"kernels not compi
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
-    jit.build_all([library(*case) for case in CASES])
-
-
-def library(room: int, spec: jit.Spec) -> jit.Library:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FI_SM90", str(int(room == 90)))
-        assert spec.room == room
-        return jit.library(spec)
+    jit.build_all([jit.library(spec) for spec in SPECS])
 
 
 def cuobjdump(option: str, library: Path) -> str:
@@ -83,9 +63,9 @@ def local_accesses(sass: str) -> list[str]:
     return re.findall(r"\b(?:LDL|STL)\b\S*", sass)
 
 
-@pytest.mark.parametrize(("room", "spec"), CASES, ids=str)
-def test_no_spills(room: int, spec: jit.Spec) -> None:
-    log = (jit.build(library(room, spec)) / "build.log").read_text()
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_no_spills(spec: jit.Spec) -> None:
+    log = (jit.build(jit.library(spec)) / "build.log").read_text()
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(frames) >= 2, f"expected ptxas to report the attention and the merge kernel, got:\n{log}"
     assert all(frame == ("0", "0", "0") for frame in frames), log
@@ -94,22 +74,11 @@ def test_no_spills(room: int, spec: jit.Spec) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_instructions(spec: jit.Spec) -> None:
-    sass = cuobjdump("-sass", jit.build(library(80, spec)) / "lib.so")
-    product = "HMMA.16816.F32.BF16" if spec.dtype == "bf16" else "HMMA.16816.F32 "
+    sass = cuobjdump("-sass", jit.build(jit.library(spec)) / "lib.so")
+    product = r"HGMMA\.\d+x\d+x16" if spec.room == 90 else r"HMMA\.16816"
     assert f"arch = sm_{spec.arch}" in sass
-    assert product in sass, "no tensor core instruction"
+    assert re.search(product + r"\.F32" + (r"\.BF16 " if spec.dtype == "bf16" else " "), sass), "no product"
+    assert ("UTMALDG" in sass) == (spec.room == 90), "TMA loads, in sm90's room alone"
     assert re.search(r"LDGSTS\.E\S*\.128", sass), "no 16-byte asynchronous copy"
     assert not local_accesses(sass), "local memory in use"
     assert ("SR_GLOBALTIMER" in sass) == spec.profile, "clocks are read in profiling builds alone"
-
-
-@pytest.mark.parametrize("spec", WGMMA, ids=str)
-def test_instructions_of_sm90(spec: jit.Spec) -> None:
-    sass = cuobjdump("-sass", jit.build(library(90, spec)) / "lib.so")
-    product = r"HGMMA\.\d+x\d+x16\.F32\.BF16 " if spec.dtype == "bf16" else r"HGMMA\.\d+x\d+x16\.F32 "
-    assert "arch = sm_90a" in sass
-    assert re.search(product, sass), "no product of a warpgroup"
-    assert "UTMALDG" in sass, "no TMA load"
-    assert re.search(r"LDGSTS\.E\S*\.128", sass), "no 16-byte asynchronous copy"
-    assert not local_accesses(sass), "local memory in use"
-    assert "SR_GLOBALTIMER" not in sass, "clocks are read in profiling builds alone"

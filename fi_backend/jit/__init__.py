@@ -108,7 +108,6 @@ def choose_room(
         (head_dim_vo % 64 == 0, f"head_dim_vo {head_dim_vo} is not a multiple of 64"),
         (head_dim_vo <= head_dim_qk, f"head_dim_vo {head_dim_vo} exceeds head_dim {head_dim_qk}"),
         (not batch_invariant, "batch invariant builds are sm80's"),
-        (env.sm90(), "FI_SM90=1 is not set"),
     )
     failed = [reason for holds, reason in conditions if not holds]
     return 80 if failed else 90, failed

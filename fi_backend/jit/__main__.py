@@ -188,7 +188,7 @@ def _loads(room: int, page_size: int | None) -> str:
         return "read in place"
     if room != 90:
         return "cp.async"
-    # box_tokens_for and by_boxes in csrc/sm90
+    # box_tokens_for and BoxTiles in csrc/sm90
     tma = "TMA; cp.async for tiles with tokens that are no keys or before all windows"
     if page_size is None:
         return f"page sizes that are powers of two from 8 up: {tma}\n{' ' * 11}other page sizes: cp.async"
