@@ -143,6 +143,11 @@ def run(
                 f"expected tree_mask of at least {needed} words ({plan.batch.num_requests} requests x "
                 f"tree_tokens {variant_args['tree_tokens']}), got {found}"
             )
+    for name in variant.per_request:
+        if (found := variant_args[name].shape[0]) < plan.batch.num_requests:
+            raise ValueError(
+                f"expected {name} of at least {plan.batch.num_requests} requests (the batch's), got {found}"
+            )
     if out is None:
         out = q.new_empty(q.shape[0], planner.q_heads, planner.head_dim_vo)
     if runner.debug:

@@ -6,13 +6,17 @@ torch, which only the oracle uses. All logits are in natural units, already scal
 
 from __future__ import annotations
 
+import re
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar
 
 import torch
+
+from .functors import functor, place_of
 
 _FORMATS = {"float": "f4x", "int": "i4x", "tensor": "Q"}  # every argument fills one 8-byte slot
 MAX_ARGS = 8  # kMaxVariantBytes / 8 in csrc/params.h
@@ -23,8 +27,8 @@ MAX_KV_LEN = 1 << 30  # kMaxKvLen in csrc/schedule.h; a longer window would over
 class Argument:
     """kind: "float", "int", or "tensor" (of one dimension, contiguous, on the device of q).
 
-    A tensor has dtype float32 or int64 and, per "head", q_heads elements; per "token", as many as the
-    feature says (`run` checks).
+    A tensor has dtype float32, int32 or int64 and, per "head", q_heads elements; per "request", at least as
+    many as the batch has requests; per "token", as many as the feature says (`run` checks both).
     """
 
     name: str
@@ -41,6 +45,8 @@ class Feature:
     request's index in the batch (request) and its number of keys (kv_len).
 
     mask -> bool [Tq, Tk], True: visible; logits(x [Hq, Tq, Tk]) -> same shape; sink -> [Hq].
+
+    text: of a functor that is not in csrc, the inside of a struct; place: file and line where it was written.
     """
 
     name: str
@@ -49,6 +55,8 @@ class Feature:
     mask: Callable[..., torch.Tensor] | None = None
     logits: Callable[..., torch.Tensor] | None = None
     sink: Callable[..., torch.Tensor] | None = None
+    text: str = ""
+    place: tuple[str, int] = ("", 0)
 
     def _rank(self) -> tuple[int, str]:
         # masks commute, so they get one order and `WINDOW + CAUSAL` is the same build as `CAUSAL + WINDOW`;
@@ -64,6 +72,7 @@ class Variant:
     features: tuple[Feature, ...]
     args: tuple[Argument, ...]
     name: str
+    per_request: tuple[str, ...]  # arguments
     _names: set[str]
     _struct: struct.Struct
     _interned: ClassVar[dict[tuple[str, ...], Variant]] = {}
@@ -86,6 +95,7 @@ class Variant:
         self.features = ordered
         self.args = args
         self.name = "+".join(key) or "FULL"
+        self.per_request = tuple(a.name for a in args if a.per == "request")
         self._names = {a.name for a in args}
         self._struct = struct.Struct("<" + "".join(_FORMATS[a.kind] for a in args))
         return cls._interned.setdefault(key, self)
@@ -131,7 +141,7 @@ def _slot(variant: Variant, arg: Argument, value: Any, q_heads: int, device: tor
             )
         fits = value.shape == (q_heads,) if arg.per == "head" else value.dim() == 1
         if not fits or value.dtype != arg.dtype or not value.is_contiguous():
-            length = f"[{q_heads}] (q heads)" if arg.per == "head" else "[tokens]"
+            length = f"[{q_heads}] (q heads)" if arg.per == "head" else f"[{arg.per}s]"
             raise ValueError(
                 f"variant {variant.name}: expected {arg.name} contiguous {str(arg.dtype)[6:]} {length}, "
                 f"got {value.dtype} {list(value.shape)} with strides {list(value.stride())}"
@@ -222,17 +232,82 @@ TREE = Variant(
 BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS, TREE)}
 
 
+_defined: dict[str, Variant] = {}
+
+
 def parse(name: str) -> Variant:
-    """ "CAUSAL+WINDOW" -> CAUSAL + WINDOW. Raises ValueError for a name that is not built in."""
-    result = FULL
+    """ "CAUSAL+WINDOW" -> CAUSAL + WINDOW. Raises ValueError for a name that nobody defined."""
+    result, known = FULL, BUILT_IN | _defined
     for part in name.upper().split("+"):
-        if part.strip() not in BUILT_IN:
-            raise ValueError(f"expected a variant made of {', '.join(BUILT_IN)} joined by +, got {name!r}")
-        result += BUILT_IN[part.strip()]
+        if part.strip() not in known:
+            raise ValueError(f"expected a variant made of {', '.join(known)} joined by +, got {name!r}")
+        result += known[part.strip()]
     return result
+
+
+def define(
+    name: str,
+    *args: Argument,
+    mask: str | Callable[..., torch.Tensor] | None = None,
+    logits: str | Callable[..., torch.Tensor] | None = None,
+    text: str | None = None,
+) -> Variant:
+    """A variant of one's own, used and composed like those that are built in. Examples: docs/variants.md.
+
+    name: capitals, digits, _. Exactly one of mask, a condition that says which keys a query token sees, and
+    logits, what becomes of the logit x (natural units, already scaled). Both may use q_pos and kv_pos
+    (positions among the request's keys), kv_len, request (index in the batch), arguments by name, tensor
+    arguments as name[request] or, in logits, name[q_head], and q_head; fi_backend/expressions.py has the
+    language.
+
+    text: instead of an expression, the inside of a C++ struct that inherits fi::Feature (csrc/variant.h);
+    mask or logits is then its eager torch form, with Feature's signature. Text with a mask overrides
+    seen_before() as well: the first key that may be hidden.
+
+    Raises ValueError for a name that is taken by something else, and for what is not in the language.
+    """
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or name in BUILT_IN:
+        raise ValueError(f"expected a name of capitals, digits and _ that is not built in, got {name!r}")
+    if (mask is None) == (logits is None):
+        raise ValueError(
+            f"variant {name}: expected mask or logits, got {'neither' if mask is None else 'both'}"
+        )
+    given, place = mask if mask is not None else logits, ("", 0)
+    if text is None:
+        text, eager = functor(name, args, given, is_mask=mask is not None)
+    elif callable(given):
+        caller = sys._getframe(1)
+        eager, place = given, place_of(text, caller.f_code.co_filename, caller.f_lineno)
+    else:
+        raise ValueError(f"variant {name}: expected a torch function beside text, got {given!r}")
+    used = {"logits" if mask is None else "mask": eager}
+    kinds = "static constexpr bool kHasLogits = true;\n" if logits is not None else ""
+    body = f'struct {name} : Feature {{\n{kinds}#line 1 "{name}"\n{text}\n}};\n'
+    feature = Feature(name, f"fi::user::{name}", args, text=body, place=place, **used)
+    if taken := _defined.get(name):
+        old = taken.features[0]
+        if (old.text, old.args) != (feature.text, feature.args):
+            raise ValueError(f"variant {name}: expected a new name, got one that is defined otherwise")
+        return taken
+    return _defined.setdefault(name, Variant(feature))
 
 
 def compose(*, causal: bool, window: bool, soft_cap: bool, alibi: bool, sinks: bool) -> Variant:
     """The variant of a layer, in the one order adapters and `jit warmup` agree on."""
     wanted = ((CAUSAL, causal), (WINDOW, window), (SOFT_CAP, soft_cap), (ALIBI, alibi), (SINKS, sinks))
     return reduce(Variant.__add__, (v for v, on in wanted if on), FULL)
+
+
+def with_places(message: str) -> str:
+    """A compiler's message; lines of defined functors, NAME:3, become those of the file they stand in."""
+    for variant in _defined.values():
+        feature = variant.features[0]
+        file, first = feature.place
+        if file:
+            parts = re.split(rf"(?<![\w.]){feature.name}([:(])(\d+)", message)  # text, sign, line, text, ...
+            places = [
+                f"{file}{sign}{first + int(line) - 1}"
+                for sign, line in zip(parts[1::3], parts[2::3], strict=True)
+            ]
+            message = "".join(map("".join, zip(parts[::3], [*places, ""], strict=True)))
+    return message

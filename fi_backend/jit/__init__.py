@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from .. import env
-from ..variants import Variant
+from ..variants import Variant, with_places
 from . import toolchain
 from .toolchain import BuildError, log
 
@@ -34,7 +34,11 @@ CPU = 0  # the arch and the room of the CPU executor
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _ELEMENTS = {"bf16": "FI_ELEMENT_BF16", "f16": "FI_ELEMENT_F16", "f32": "FI_ELEMENT_F32"}
 _C_TYPES = {"float": "float", "int": "int32_t"}
-_C_POINTERS = {torch.float32: "const float*", torch.int64: "const int64_t*"}
+_C_POINTERS = {
+    torch.float32: "const float*",
+    torch.int32: "const int32_t*",
+    torch.int64: "const int64_t*",
+}
 
 
 def csrc() -> Path:
@@ -85,10 +89,12 @@ class Spec:
         types = [_C_POINTERS[a.dtype] if a.kind == "tensor" else _C_TYPES[a.kind] for a in self.variant.args]
         members = "".join(f" alignas(8) {t} {a.name};" for t, a in zip(types, self.variant.args, strict=True))
         features = ", ".join(f.functor for f in self.variant.features)
+        texts = "".join(f.text for f in self.variant.features)
+        defined = f'#include "expression.h"\nnamespace fi::user {{\n{texts}}}\n' if texts else ""
         return (
             f"// {self}\n#pragma once\n#define FI_ARCH {self.arch}\n#define FI_ROOM {self.room}\n"
             f"#define {_ELEMENTS[self.dtype]} 1\n"
-            f'#include "variant.h"\nnamespace fi::spec {{\n'
+            f'#include "variant.h"\n{defined}namespace fi::spec {{\n'
             f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
             f"constexpr bool kBatchInvariant = {str(self.batch_invariant).lower()};\n"
             f"constexpr bool kProfile = {str(self.profile).lower()};\n"
@@ -304,7 +310,10 @@ def _compile_into(lib: Library, target: Path) -> None:
             (folder / "fi_spec.h").write_text(lib.header)
         output = ""
         for command in lib.steps(folder):
-            output += toolchain.call(command, lib.label)
+            try:
+                output += toolchain.call(command, lib.label)
+            except BuildError as error:
+                raise BuildError(with_places(str(error))) from None
         (folder / "build.log").write_text(output)
         os.chmod(folder, 0o755)  # mkdtemp makes it private; a shared cache is read by others
         os.rename(folder, target)

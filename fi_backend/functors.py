@@ -1,0 +1,92 @@
+"""Functors from expressions: device text beside its eager torch form; and where a text stands in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .expressions import Name, Part, translate
+
+if TYPE_CHECKING:
+    from .variants import Argument
+
+
+def functor(
+    name: str, args: tuple[Argument, ...], source: object, is_mask: bool
+) -> tuple[str, Callable[..., torch.Tensor]]:
+    """Text and eager form of variants.define(name, *args, mask=source or logits=source)."""
+    if not isinstance(source, str):
+        raise ValueError(f"variant {name}: expected an expression where there is no text, got {source!r}")
+    scope = {n: Name("int", f"r.{n}") for n in ("q_pos", "kv_len", "request")} | {
+        "kv_pos": Name("int", "kv_pos")
+    }
+    if not is_mask:
+        scope |= {"x": Name("float", "x"), "q_head": Name("int", "r.q_head")}
+    for arg in args:
+        if arg.name in scope or not arg.name.isidentifier():
+            raise ValueError(f"variant {name}: expected another name for argument {arg.name!r}")
+        if arg.kind != "tensor":
+            scope[arg.name] = Name(arg.kind, f"a.{arg.name}")
+        elif arg.per in ("head", "request"):
+            index = "q_head" if arg.per == "head" else "request"
+            kind = "float" if arg.dtype == torch.float32 else "int"
+            scope[arg.name] = Name(kind, f"a.{arg.name}", index)
+        else:
+            raise ValueError(
+                f"variant {name}: expected {arg.name} per head or per request, got per {arg.per}"
+            )
+    part = translate(source, scope, f"variant {name}")
+    if is_mask:
+        if part.kind != "bool":
+            raise ValueError(f"variant {name}: expected mask to be a condition, got {source!r}")
+        return _MASK.format(part.text), _eager_mask(part)
+    if part.kind == "bool":
+        raise ValueError(f"variant {name}: expected logits to be a number, got {source!r}")
+    return _LOGITS.format(part.text), _eager_logits(part)
+
+
+_MASK = """template <class A>
+struct Mask {{
+  const A& a;
+  Row r;
+  FI_HD bool sees(int32_t kv_pos) const {{ return {}; }}
+}};
+template <class A>
+FI_HD static Mask<A> mask(const A& a, const Row& r) {{ return {{a, r}}; }}
+template <class A>
+FI_HD static int32_t seen_before(const A&, const Row&) {{ return 0; }}"""
+_LOGITS = """template <class A>
+FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {{ return {}; }}"""
+
+
+def _eager_mask(part: Part) -> Callable[..., torch.Tensor]:
+    def mask(q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
+        found = part.eager(args | {"q_pos": q_pos[:, None], "kv_pos": kv_pos[None, :]})
+        return found.to(q_pos.device).expand(len(q_pos), len(kv_pos))
+
+    return mask
+
+
+def _eager_logits(part: Part) -> Callable[..., torch.Tensor]:
+    def logits(x: torch.Tensor, q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
+        heads = torch.arange(len(x), device=x.device)[:, None, None]
+        names = {"x": x, "q_pos": q_pos[None, :, None], "kv_pos": kv_pos[None, None, :], "q_head": heads}
+        found = torch.as_tensor(part.eager(args | names), device=x.device)
+        return found.to(x.dtype).expand(x.shape)
+
+    return logits
+
+
+def place_of(text: str, file: str, line: int) -> tuple[str, int]:
+    """File and line of the first line of text, which a call that begins at that line was given."""
+    first = next((t for t in text.splitlines() if t.strip()), "")
+    before = text[: text.index(first)].count("\n")
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return file, line
+    found = next((n for n, t in enumerate(lines[line - 1 :], line) if first and first in t), line)
+    return file, found - before

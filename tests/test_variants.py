@@ -1,0 +1,216 @@
+"""Variants of one's own: from an expression or from text, against the oracle with their eager form."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import checks
+import pytest
+import reference
+import torch
+from cases import Case, make
+
+from fi_backend import jit, variants
+from fi_backend.expressions import Name, translate
+from fi_backend.variants import Argument, define, parse
+
+# a prefix that is visible to all of a request's tokens, causal after it
+PREFIX = define(
+    "PREFIX_LM",
+    Argument("prefix", "tensor", dtype=torch.int32, per="request"),
+    mask="kv_pos <= q_pos or kv_pos < prefix[request]",
+)
+STRIPES = define(
+    "STRIPES",
+    Argument("block", "int", at_least=1),
+    mask="(q_pos - kv_pos) // block % 3 != 1 if kv_pos >= 4 else not (q_pos == 7)",
+)
+# all of the language that makes numbers
+BENT = define(
+    "BENT",
+    Argument("cap", "float"),
+    Argument("slopes", "tensor"),
+    logits="cap * tanh(x / cap) + slopes[q_head] * max(kv_pos - q_pos, -20) - sqrt(abs(x)) / 8"
+    " + log(1 + exp(-abs(x))) * (1 if q_head % 2 == 0 else min(0.5, 2)) - 1e-3 * request",
+)
+ROOT_OF_DISTANCE = define(
+    "ROOT_OF_DISTANCE",
+    Argument("rate", "float"),
+    text="""
+        template <class A>
+        FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
+          int32_t distance = r.q_pos > kv_pos ? r.q_pos - kv_pos : 0;
+          return x - a.rate * sqrtf(float(distance));
+        }
+    """,
+    logits=lambda x, q_pos, kv_pos, *, rate, **_: (
+        x - rate * (q_pos[:, None] - kv_pos[None, :]).clamp(min=0).to(x.dtype).sqrt()
+    ),
+)
+CASE = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), dtype="f32", variant="FULL")
+ARGS: dict[str, dict[str, Any]] = {
+    "PREFIX_LM+BENT": {
+        "prefix": torch.tensor([40, 2, 5, 100, 9], dtype=torch.int32),
+        "cap": 2.0,
+        "slopes": torch.tensor([0.5, 0.25, 0.1, -0.1]),
+    },
+    "CAUSAL+STRIPES+ROOT_OF_DISTANCE": {"block": 5, "rate": 0.3},
+}
+
+
+def inputs_of(name: str, device: str = "cpu", **changes: Any) -> Any:
+    inputs = make(replace(CASE, **changes), device)
+    inputs.case, inputs.variant = replace(inputs.case, variant=name), parse(name)
+    inputs.variant_args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in ARGS[name].items()}
+    return inputs
+
+
+@pytest.mark.parametrize("name", ARGS)
+def test_defined_variants_on_the_cpu(name: str) -> None:
+    inputs = inputs_of(name)
+    for workers in (None, 5):
+        plan = checks.planner_for(inputs, workers).plan(inputs.batch)
+        checks.poison(plan)
+        out, lse = checks.run_inputs(plan, inputs)
+        checks.compare(inputs, out, lse)
+    changed = inputs.variant_args | ({"rate": 0.4} if "rate" in inputs.variant_args else {"cap": 3.0})
+    inputs.variant_args = changed
+    with pytest.raises(AssertionError, match="error"):  # the control: other arguments are other attention
+        checks.compare(inputs, out, lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("name", ARGS)
+def test_defined_variants_on_the_gpu(name: str, head_dim: int, dtype: str) -> None:
+    inputs = inputs_of(name, "cuda", dtype=dtype, head_dim=head_dim)
+    plan = checks.planner_for(inputs).plan(inputs.batch)
+    checks.poison(plan)
+    checks.compare(inputs, *checks.run_inputs(plan, inputs))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_defined_variants_compile_for_gpus(arch: int) -> None:
+    try:
+        jit.toolchain.nvcc()
+    except jit.BuildError as error:
+        pytest.skip(str(error))
+    spec = jit.Spec(arch, "bf16", 128, 128, parse(list(ARGS)[arch == 90]))
+    log = (jit.build(jit.library(spec)) / "build.log").read_text()
+    assert not re.search(r"\bC75\d\d\b", log), f"wgmma serialized:\n{log}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n // 3",
+        "n % 3",
+        "n // -2 + n % -2",
+        "-n * 2 - 1",
+        "x / 4 + n",
+        "x if n > 0 else n",
+        "abs(n) - abs(x)",
+        "max(n, 1) * min(x, 0.5)",
+        "0 <= n < 5",
+        "not (n == 3 or x != 0.25) and True",
+        "(n > 0) & (x > 0) | (n < -3)",
+    ],
+)
+def test_eager_form_is_python(text: str) -> None:
+    part = translate(text, {"x": Name("float", "x"), "n": Name("int", "n")}, "test")
+    for x in (-3.5, 0.0, 0.25, 7.0):
+        for n in (-7, -1, 0, 3, 12):
+            wanted = eval(text, {"x": x, "n": n, "abs": abs, "min": min, "max": max})
+            scope = {"x": torch.tensor(x, dtype=torch.float64), "n": torch.tensor(n)}
+            assert torch.as_tensor(part.eager(scope)).item() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"mask": "kv_pos <="}, "expected an expression, got 'kv_pos <='"),
+        ({"mask": "kv_pos <= position"}, "expected one of q_pos, kv_len, request, kv_pos, .*got 'position'"),
+        ({"mask": "kv_pos - q_pos"}, "expected mask to be a condition, got 'kv_pos - q_pos'"),
+        ({"mask": "x > 0"}, "expected one of .*, got 'x'"),
+        ({"mask": "per_head[q_head] > 0"}, r"expected no per_head here, got 'per_head\[q_head\]'"),
+        ({"logits": "x > 0"}, "expected logits to be a number, got 'x > 0'"),
+        ({"logits": "x ** 2"}, r"expected \+ - \* / // or %, got 'x \*\* 2'"),
+        ({"logits": "x // 2"}, "expected integers around // and %, got 'x // 2'"),
+        ({"logits": "sin(x)"}, r"expected abs, exp, log, sqrt, tanh of one number, .*got 'sin\(x\)'"),
+        ({"logits": "x + per_head"}, r"expected per_head\[q_head\], got 'per_head'"),
+        ({"logits": "x + per_head[kv_pos]"}, r"expected per_head\[q_head\], got 'per_head\[kv_pos\]'"),
+        ({"logits": "x + (q_pos > 3)"}, r"expected a number, got 'q_pos > 3'"),
+        ({"logits": "x if q_pos else 1"}, "expected a condition, got 'q_pos'"),
+        ({"logits": "x + 99999999999"}, "expected a finite number"),
+        ({"logits": "x.abs()"}, "expected a number, a name, arithmetic"),
+        ({}, "expected mask or logits, got neither"),
+        ({"mask": "True", "logits": "x"}, "expected mask or logits, got both"),
+        ({"logits": "x", "text": "..."}, "expected a torch function beside text, got 'x'"),
+    ],
+)
+def test_what_is_refused(wanted: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        define("REFUSED", Argument("per_head", "tensor"), **wanted)
+    with pytest.raises(ValueError, match="expected a variant made of"):
+        parse("REFUSED")
+
+
+def test_names() -> None:
+    for name in ("CAUSAL", "lower", "", "A B"):
+        with pytest.raises(ValueError, match="expected a name of capitals"):
+            define(name, mask="True")
+    assert (
+        define(
+            "STRIPES",
+            *STRIPES.args,
+            mask="(q_pos - kv_pos) // block % 3 != 1 if kv_pos >= 4 else not (q_pos == 7)",
+        )
+        is STRIPES
+    )
+    with pytest.raises(ValueError, match="variant STRIPES: expected a new name"):
+        define("STRIPES", mask="True")
+    assert parse("stripes+causal") is variants.CAUSAL + STRIPES
+
+
+def test_too_few_requests_are_refused() -> None:
+    inputs = inputs_of("PREFIX_LM+BENT")
+    inputs.variant_args["prefix"] = inputs.variant_args["prefix"][:4]
+    plan = checks.planner_for(inputs).plan(inputs.batch)
+    with pytest.raises(ValueError, match=r"expected prefix of at least 5 requests .* got 4"):
+        checks.run_inputs(plan, inputs)
+
+
+def test_compiler_points_at_the_users_line() -> None:
+    broken = define(
+        "BROKEN",
+        text="""
+        template <class A>
+        FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
+          return x + r.no_such_member;
+        }
+        """,
+        logits=lambda x, q_pos, kv_pos, **_: x,
+    )
+    lines = Path(__file__).read_text().splitlines()
+    line = next(n for n, text in enumerate(lines, 1) if "r.no_such_member;" in text and "next" not in text)
+    with pytest.raises(jit.BuildError, match=rf"{re.escape(__file__)}:{line}:.*error"):
+        jit.build(jit.library(jit.Spec(jit.CPU, "f32", 64, 64, broken)))
+
+
+def test_documentation_runs() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "variants.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(compile(block, "docs/variants.md", "exec"), names)
+        if "out" in names:
+            name, args = ("PREFIX", {"rate": 0.1}) if "ROTATING" not in names else ("ROTATING", {"period": 3})
+            variant = names[name] + (names["DECAY"] if name == "PREFIX" else variants.FULL)
+            args |= {"prefix": torch.tensor([6, 2])} if name == "PREFIX" else {}
+            wanted, _ = reference.attention(names["q"], names["kv"], names["batch"], variant, args, 64**-0.5)
+            torch.testing.assert_close(names["out"].double(), wanted, rtol=1e-4, atol=1e-5)
+            assert names.pop("out") is not None
+    assert "ROTATING" in names
