@@ -1,6 +1,7 @@
 """fi_backend: an attention engine for LLM serving. Everything public is named here."""
 
 from . import variants
+from .compare import check
 from .formats import BlockSparse, KVCache
 from .measure import Times, measure
 from .plan import Plan, Planner, Tiles
@@ -15,6 +16,7 @@ __all__ = [
     "Tiles",
     "Times",
     "append",
+    "check",
     "measure",
     "run",
     "variants",

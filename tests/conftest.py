@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # cases, checks and reference are shared by all tests
+sys.path.insert(0, str(Path(__file__).parent))  # cases and checks are shared by all tests
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -7,13 +7,12 @@ from dataclasses import replace
 import checks
 import hypothesis.strategies as st
 import pytest
-import reference
 import torch
 from cases import LAYOUTS, TABLES, Case, make
 from grid import FUNCTIONS, LONG, MIXED, PIECES, SHAPES, TREE, TREES
 from hypothesis import HealthCheck, given, settings
 
-from fi_backend import KVCache, run
+from fi_backend import KVCache, eager, run
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
@@ -167,11 +166,11 @@ def test_cache_past_2_31_elements() -> None:
 def test_oracle_agrees_with_torch() -> None:
     """The judge is judged once: one request, whole prompt, against torch's own attention."""
     inputs = make(Case((40,), (40,), dtype="f32"))
-    n, pages = inputs.tokens, reference.pages_of(inputs.batch, 0)
-    k, v = (reference.gather(x, pages, 40).double() for x in (inputs.kv.k, inputs.kv.v))
+    n, pages = inputs.tokens, eager.pages_of(inputs.batch, 0)
+    k, v = (eager.gather(x, pages, 40).double() for x in (inputs.kv.k, inputs.kv.v))
     heads = [x.transpose(0, 1)[None] for x in (inputs.q[:n].double(), k, v)]
     theirs = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
-    ours, _ = reference.attention(inputs.q, inputs.kv, inputs.batch, inputs.variant, {}, 64**-0.5)
+    ours, _ = eager.attention(inputs.q, inputs.kv, inputs.batch, inputs.variant, {}, 64**-0.5)
     torch.testing.assert_close(ours, theirs[0].transpose(0, 1))
 
 

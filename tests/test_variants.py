@@ -9,11 +9,10 @@ from typing import Any
 
 import checks
 import pytest
-import reference
 import torch
 from cases import Case, make
 
-from fi_backend import jit, variants
+from fi_backend import check, eager, jit, variants
 from fi_backend.expressions import Name, translate
 from fi_backend.variants import Argument, define, parse
 
@@ -159,6 +158,28 @@ def test_what_is_refused(wanted: dict[str, Any], message: str) -> None:
         parse("REFUSED")
 
 
+@pytest.mark.parametrize("name", ARGS)
+def test_check(name: str) -> None:
+    assert 0 < check(parse(name), cases=3, device="cpu", **ARGS[name]) < 1e-5
+
+
+def test_check_names_the_first_difference() -> None:
+    wrong = define(
+        "WRONG",
+        text="""
+        template <class A>
+        FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
+          return r.q_head == 2 && r.q_pos == 30 ? 2.f * x : x;
+        }
+        """,
+        logits=lambda x, q_pos, kv_pos, **_: x,
+    )
+    with pytest.raises(
+        AssertionError, match=r"variant WRONG, .*: out: expected .* at request \d, q_pos 30, q_head 2"
+    ):
+        check(wrong, device="cpu", cases=40)
+
+
 def test_names() -> None:
     for name in ("CAUSAL", "lower", "", "A B"):
         with pytest.raises(ValueError, match="expected a name of capitals"):
@@ -210,7 +231,7 @@ def test_documentation_runs() -> None:
             name, args = ("PREFIX", {"rate": 0.1}) if "ROTATING" not in names else ("ROTATING", {"period": 3})
             variant = names[name] + (names["DECAY"] if name == "PREFIX" else variants.FULL)
             args |= {"prefix": torch.tensor([6, 2])} if name == "PREFIX" else {}
-            wanted, _ = reference.attention(names["q"], names["kv"], names["batch"], variant, args, 64**-0.5)
+            wanted, _ = eager.attention(names["q"], names["kv"], names["batch"], variant, args, 64**-0.5)
             torch.testing.assert_close(names["out"].double(), wanted, rtol=1e-4, atol=1e-5)
             assert names.pop("out") is not None
     assert "ROTATING" in names

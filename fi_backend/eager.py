@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fi_backend.formats import BlockSparse, KVCache
-from fi_backend.variants import Variant
+from .formats import BlockSparse, KVCache
+from .variants import Variant
 
 
 def pages_of(batch: BlockSparse, request: int) -> list[int]:
