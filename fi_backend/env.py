@@ -23,6 +23,11 @@ def cpu_backend() -> bool:
     return _flag("FI_BACKEND_CPU")
 
 
+def variant() -> str:
+    """FI_VARIANT=FILE.py:NAME: a variant of one's own for every layer that an engine serves."""
+    return os.environ.get("FI_VARIANT", "")
+
+
 def cache_dir() -> Path:
     """FI_CACHE_DIR: where compiled libraries are kept. Default ~/.cache/fi_backend."""
     given = os.environ.get("FI_CACHE_DIR")

@@ -13,6 +13,7 @@ from ..formats import KVCache
 from ..plan import Plan
 from ..run import run
 from . import kernels
+from .own_variant import own_variant
 from .refuse import check_layer, refuse
 from .shapes import Shape
 
@@ -22,8 +23,8 @@ class AttentionLayer:
 
     window: row q sees keys (q - window, q], without `causal` also those after q. soft_cap: None or 0 is off.
     alibi_slopes: [q_heads] numbers. sinks: [q_heads] of any float dtype, or True to reserve the buffer that
-    `load_sinks` fills. tree: rows see what the per-call arguments tree_mask and tree_tokens say. More
-    keywords are fields of jit.Spec.
+    `load_sinks` fills. tree: rows see what the per-call arguments tree_mask and tree_tokens say. FI_VARIANT
+    joins all of them. More keywords are fields of jit.Spec.
     Raises NotImplementedError (refuse) or ValueError for what no executor takes, value and wish named.
     """
 
@@ -75,6 +76,9 @@ class AttentionLayer:
             # fixed address: captured graphs hold it, and weights may be loaded again later. NaN until loaded:
             # a layer that runs without its sinks shows
             self._args["sinks"] = torch.full((q_heads,), torch.nan, device=device)
+        own, own_args = own_variant()
+        for name, value in own_args.items():
+            self._args[name] = value.to(device) if isinstance(value, torch.Tensor) else value
         fixed = variants.compose(
             causal=causal,
             window=window is not None,
@@ -82,6 +86,7 @@ class AttentionLayer:
             alibi=alibi_slopes is not None,
             sinks=with_sinks,
         )
+        fixed += own
         # a value that the kernels refuse ends the start, not the first step
         fixed.pack(self._args, q_heads, device)
         if isinstance(sinks, torch.Tensor):

@@ -31,6 +31,7 @@ class Model:
     head_dim: int = 64
     layers: int = 2
     extra: dict[str, Any] = field(default_factory=dict)
+    weights_of: str = ""  # another model
 
     @property
     def hidden(self) -> int:
@@ -63,7 +64,7 @@ class Model:
         }
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        generator = torch.Generator().manual_seed(sum(map(ord, self.name)))
+        generator = torch.Generator().manual_seed(sum(map(ord, self.weights_of or self.name)))
 
         def matrix(rows: int, columns: int) -> torch.Tensor:
             return torch.randn(rows, columns, generator=generator) * (2 / columns**0.5)
@@ -105,6 +106,7 @@ MODELS = {
     for m in (
         Model("llama", "LlamaForCausalLM", "llama"),
         Model("mistral", "MistralForCausalLM", "mistral", extra={"sliding_window": WINDOW}),
+        Model("wide", "MistralForCausalLM", "mistral", extra={"sliding_window": None}, weights_of="mistral"),
         Model(
             "gemma2",
             "Gemma2ForCausalLM",

@@ -106,9 +106,20 @@ def native(root: Path) -> dict[str, Any]:
     return serve([job(s, root, s) for s in SCENARIOS])
 
 
+OWN = """
+from fi_backend.variants import Argument, define
+
+LAST = define("LAST", Argument("keys", "int", at_least=1), mask="q_pos - kv_pos < keys"), {"keys": %d}
+"""
+
+
 @pytest.fixture(scope="module")
 def ours(root: Path) -> dict[str, Any]:
     jobs = [job(s, root, s) for s in SCENARIOS]
+    own = root / "own.py"
+    own.write_text(OWN % models.WINDOW)
+    unwindowed = {**job("no window", root, "sliding window"), "model": folder("wide", root)}
+    jobs += [unwindowed, {**unwindowed, "name": "own window", "variant": f"{own}:LAST"}]
     jobs += [job(name, root, scenario, layer) for name, (scenario, layer) in CONTROLS.items()]
     return serve(jobs, FI_BACKEND_CPU="1")
 
@@ -118,6 +129,11 @@ def test_greedy_tokens_equal_native(scenario: str, native: dict[str, Any], ours:
     assert native[scenario]["plans"] == 0, "the native run went through our backend"
     assert ours[scenario]["plans"] > 0, "our run did not go through our backend"
     assert ours[scenario]["tokens"] == native[scenario]["tokens"]
+
+
+def test_variant_of_ones_own(native: dict[str, Any], ours: dict[str, Any]) -> None:
+    # the same weights without a window in the model: it comes from FI_VARIANT
+    assert ours["own window"]["tokens"] == native["sliding window"]["tokens"] != ours["no window"]["tokens"]
 
 
 def test_the_prefix_cache_was_used(ours: dict[str, Any]) -> None:
