@@ -70,6 +70,16 @@ def test_bitwise_repeatable(case: Case) -> None:
     checks.check_repeats(case, "cuda")
 
 
+def test_bitwise_repeatable_under_load() -> None:
+    """50 times beside products on another stream, which take multiprocessors, caches and memory from it."""
+    load = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(2000):  # half a second
+            load @ load
+    checks.check_repeats(replace(MIXED, head_dim=128), "cuda", times=50)
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("variant", ["CAUSAL", "CAUSAL+WINDOW+SINKS"])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_lengths_below_the_planned_ones(variant: str, batch_invariant: bool) -> None:

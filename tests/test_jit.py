@@ -225,6 +225,11 @@ def test_warmup(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert main(["warmup", "--model", str(tmp_path), "--device", "cpu"]) == 0
     assert "cpu attention f16 8x8 CAUSAL" in capsys.readouterr().out
     assert len(list(cache.glob("cpu-f16-8x8-causal-*"))) == 1
+    own = tmp_path / "own.py"
+    own.write_text('from fi_backend.variants import define\nWARM = define("WARM", logits="2 * x")\n')
+    monkeypatch.setenv("FI_VARIANT", f"{own}:WARM")
+    assert main(["warmup", "--model", str(tmp_path), "--device", "cpu"]) == 0
+    assert "cpu attention f16 8x8 CAUSAL+WARM" in capsys.readouterr().out
 
 
 def test_warmup_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .. import env, jit
+from ..serving.own_variant import own_variant
 from ..variants import parse
 from . import models, toolchain
 
@@ -133,7 +134,9 @@ def _demangled(symbol: str) -> str:
 
 
 def _add_warmup(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Builds every library that serving this model on this machine needs."
+    parser.description = (
+        "Builds every library that serving this model on this machine needs (with FI_VARIANT's)."
+    )
     parser.add_argument("--model", type=Path, required=True, help="folder with a Hugging Face config.json")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=list(jit.DTYPES.values()), help="default: the model's own")
@@ -146,7 +149,8 @@ def _warmup(args: argparse.Namespace) -> int:
     config = args.model / "config.json" if args.model.is_dir() else args.model
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     found = models.specs(json.loads(config.read_text()), jit.arch_of(device), args.dtype)
-    specs = [replace(spec, batch_invariant=args.batch_invariant) for spec in found]
+    own, _ = own_variant()
+    specs = [replace(s, variant=s.variant + own, batch_invariant=args.batch_invariant) for s in found]
     for spec in specs:
         print(spec)
     start = time.perf_counter()
