@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -16,29 +17,23 @@ from typing import Any, NoReturn
 import torch
 
 _UNARY = ("exp", "log", "sqrt", "tanh")
-_ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
-_ROUNDING = {ast.FloorDiv: "floor_quotient", ast.Mod: "floor_remainder"}
-_COMPARISONS: dict[type[ast.cmpop], str] = {
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
+_Operators = dict[type[ast.AST], tuple[str, Callable[[Any, Any], Any]]]  # C++, eager
+_ARITHMETIC: _Operators = {
+    ast.Add: ("+", operator.add),
+    ast.Sub: ("-", operator.sub),
+    ast.Mult: ("*", operator.mul),
 }
-_EAGER: dict[str, Callable[..., Any]] = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "/": lambda a, b: a / b,
-    "//": lambda a, b: a // b,
-    "%": lambda a, b: a % b,
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "==": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
+_ROUNDING: _Operators = {
+    ast.FloorDiv: ("floor_quotient", operator.floordiv),
+    ast.Mod: ("floor_remainder", operator.mod),
+}
+_COMPARISONS: _Operators = {
+    ast.Lt: ("<", operator.lt),
+    ast.LtE: ("<=", operator.le),
+    ast.Gt: (">", operator.gt),
+    ast.GtE: (">=", operator.ge),
+    ast.Eq: ("==", operator.eq),
+    ast.NotEq: ("!=", operator.ne),
 }
 
 
@@ -157,23 +152,23 @@ class _Translator:
         a, b = self.number(node.left), self.number(node.right)
         if isinstance(node.op, ast.Div):
             a, b = _as_float(a), _as_float(b)
-            return Part("float", f"expression::quotient({a.text}, {b.text})", _eager("/", a, b))
-        if function := _ROUNDING.get(type(node.op)):
+            return Part("float", f"expression::quotient({a.text}, {b.text})", _eager(operator.truediv, a, b))
+        if rounding := _ROUNDING.get(type(node.op)):
             if (a.kind, b.kind) != ("int", "int"):
                 self.fail(node, "integers around // and %")
-            symbol = "//" if isinstance(node.op, ast.FloorDiv) else "%"
-            return Part("int", f"expression::{function}({a.text}, {b.text})", _eager(symbol, a, b))
-        symbol = _ARITHMETIC.get(type(node.op)) or self.fail(node, "+ - * / // or %")
+            function, apply = rounding
+            return Part("int", f"expression::{function}({a.text}, {b.text})", _eager(apply, a, b))
+        symbol, apply = _ARITHMETIC.get(type(node.op)) or self.fail(node, "+ - * / // or %")
         a, b = self.alike(node, a, b)
-        return Part(a.kind, f"({a.text} {symbol} {b.text})", _eager(symbol, a, b))
+        return Part(a.kind, f"({a.text} {symbol} {b.text})", _eager(apply, a, b))
 
     def comparison(self, node: ast.Compare) -> Part:
         sides = [self.number(x) for x in (node.left, *node.comparators)]
         parts = []
         for op, left, right in zip(node.ops, sides, sides[1:], strict=False):
-            symbol = _COMPARISONS.get(type(op)) or self.fail(node, "one of < <= > >= == !=")
+            symbol, apply = _COMPARISONS.get(type(op)) or self.fail(node, "one of < <= > >= == !=")
             a, b = self.alike(node, left, right)
-            parts.append(Part("bool", f"({a.text} {symbol} {b.text})", _eager(symbol, a, b)))
+            parts.append(Part("bool", f"({a.text} {symbol} {b.text})", _eager(apply, a, b)))
         return self.all_of(parts, True)
 
     def all_of(self, parts: list[Part], every: bool) -> Part:
@@ -213,8 +208,8 @@ def _as_float(part: Part) -> Part:
     return Part("float", f"float({part.text})", lambda s: _tensor(part.eager(s)).to(torch.float64))
 
 
-def _eager(symbol: str, a: Part, b: Part) -> Callable[[Mapping[str, Any]], Any]:
-    return lambda scope: _EAGER[symbol](a.eager(scope), b.eager(scope))
+def _eager(apply: Callable[[Any, Any], Any], a: Part, b: Part) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda scope: apply(a.eager(scope), b.eager(scope))
 
 
 def _tensor(x: Any) -> torch.Tensor:

@@ -73,6 +73,7 @@ class CostModel(NamedTuple):
     min_tiles: int
     min_slice: int
     uncut: int
+    spread_slack: int
     chunk_tiles: int
 
     def of_items(self, kv_tiles: np.ndarray, wide: np.ndarray) -> np.ndarray:

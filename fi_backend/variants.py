@@ -46,7 +46,7 @@ class Feature:
 
     mask -> bool [Tq, Tk], True: visible; logits(x [Hq, Tq, Tk]) -> same shape; sink -> [Hq].
 
-    text: of a functor that is not in csrc, the inside of a struct; place: file and line where it was written.
+    text: the struct of a functor that is not in csrc; place: file and line where its inside was written.
     """
 
     name: str
