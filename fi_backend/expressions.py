@@ -185,13 +185,11 @@ class _Translator:
     def call(self, node: ast.Call, function: str, args: list[ast.expr]) -> Part:
         if function in ("min", "max") and len(args) == 2:
             a, b = self.alike(node, self.number(args[0]), self.number(args[1]))
-            of = torch.minimum if function == "min" else torch.maximum
-            sign = "<" if function == "min" else ">"
-            return Part(
-                a.kind,
-                f"({a.text} {sign} {b.text} ? {a.text} : {b.text})",
-                lambda s: of(*torch.broadcast_tensors(_tensor(a.eager(s)), _tensor(b.eager(s)))),
-            )
+            sign, first = ("<", operator.lt) if function == "min" else (">", operator.gt)
+            # not torch.minimum: where takes a number beside a tensor on the GPU
+            pick = _eager(lambda x, y: torch.where(first(x, y), x, y), a, b)
+            text = f"({a.text} {sign} {b.text} ? {a.text} : {b.text})"
+            return Part(a.kind, text, pick)
         if function == "abs" and len(args) == 1:
             a = self.number(args[0])
             return Part(a.kind, f"({a.text} < 0 ? -{a.text} : {a.text})", lambda s: abs(a.eager(s)))
@@ -209,7 +207,7 @@ def _as_float(part: Part) -> Part:
 
 
 def _eager(apply: Callable[[Any, Any], Any], a: Part, b: Part) -> Callable[[Mapping[str, Any]], Any]:
-    return lambda scope: apply(a.eager(scope), b.eager(scope))
+    return lambda scope: apply(_tensor(a.eager(scope)), _tensor(b.eager(scope)))
 
 
 def _tensor(x: Any) -> torch.Tensor:

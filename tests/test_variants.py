@@ -68,6 +68,15 @@ def inputs_of(name: str, device: str = "cpu", **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ARGS)
+def test_eager_forms_stay_on_the_device(name: str) -> None:
+    """meta stands for a GPU: it, too, refuses to meet a tensor of the CPU."""
+    inputs = inputs_of(name, "meta")
+    case = (inputs.q[:5], inputs.kv.k[0], inputs.kv.v[0], inputs.variant, inputs.variant_args)
+    out, _ = eager.attend(*case, 0.1, torch.float64, request=1)
+    assert out.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ARGS)
 def test_defined_variants_on_the_cpu(name: str) -> None:
     inputs = inputs_of(name)
     for workers in (None, 5):
