@@ -13,11 +13,12 @@ import torch
 from .cases import Case
 from .data import make
 from .engine_process import ROOT, say
-from .peer_flashinfer import WRAPPERS
+from .peer_flashinfer import HEAD_DIMS, WRAPPERS
 
 
 def build(names: list[str], cases: list[Case]) -> None:
-    wanted = {(name, c.head_dim) for name in WRAPPERS if name in names for c in cases}
+    dims = {c.head_dim for c in cases}.intersection(HEAD_DIMS)
+    wanted = {(name, dim) for name in WRAPPERS if name in names for dim in dims}
     if not any(c.prefix for c in cases):
         wanted = {job for job in wanted if job[0] != "flashinfer_cascade"}
     if not wanted:
