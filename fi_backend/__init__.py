@@ -1,6 +1,7 @@
 """fi_backend: an attention engine for LLM serving. Everything public is named here."""
 
 from . import variants
+from .buckets import Buckets
 from .compare import check
 from .formats import BlockSparse, KVCache
 from .measure import Times, measure
@@ -10,6 +11,7 @@ from .run import append, run
 __version__ = "0.1.0"
 __all__ = [
     "BlockSparse",
+    "Buckets",
     "KVCache",
     "Plan",
     "Planner",
