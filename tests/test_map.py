@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("fi_backend", "csrc", "integrations", "tests", "benchmarks", "docs", "scripts")
+FOLDERS = ("fi_backend", "csrc", "integrations", "examples", "tests", "benchmarks", "docs", "scripts")
 SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh", ".md"}
 
 
