@@ -162,14 +162,17 @@ def arch_of(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Library:
-    """What to compile. folders: parts of csrc whose text goes into the key. steps(folder): command lines."""
+    """What to compile. folders: parts of csrc whose text goes into the key.
+
+    steps(folder): command lines, those of a step run side by side.
+    """
 
     label: str
     name: str
     folders: tuple[str, ...]
     identity: tuple[str, ...]  # compiler and flags, without paths that differ between machines
     header: str
-    steps: Callable[[Path], list[list[str]]]
+    steps: Callable[[Path], list[list[list[str]]]]
 
     def key(self) -> str:
         digest = hashlib.sha256()
@@ -196,15 +199,18 @@ class Library:
 def _core_library() -> Library:
     import tvm_ffi
 
-    flags = ["-O2", "-std=c++17", "-fPIC", "-shared", "-Wall", "-fno-gnu-unique"]
+    flags = ["-O2", "-std=c++17", "-fPIC", "-Wall", "-fno-gnu-unique"]
     libdir = str(Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent)
     tvm_includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())
 
-    def steps(folder: Path) -> list[list[str]]:
-        sources = [str(p) for p in sorted((csrc() / "core").glob("*.cpp"))]
-        includes = [f"-I{p}" for p in (csrc(), *tvm_includes)]
+    def steps(folder: Path) -> list[list[list[str]]]:
+        sources = sorted((csrc() / "core").glob("*.cpp"))
+        objects = [str(folder / f"{p.stem}.o") for p in sources]
+        compiler = [env.host_compiler(), *flags, *(f"-I{p}" for p in (csrc(), *tvm_includes)), "-c"]
+        compiling = [[*compiler, str(p), "-o", o] for p, o in zip(sources, objects, strict=True)]
         libs = [f"-L{libdir}", "-ltvm_ffi", "-ldl"]
-        return [[env.host_compiler(), *flags, *includes, *sources, *libs, "-o", str(folder / "lib.so")]]
+        linking = [env.host_compiler(), "-shared", *objects, *libs, "-o", str(folder / "lib.so")]
+        return [compiling, [linking]]
 
     identity = (toolchain.host_version(), f"tvm_ffi {tvm_ffi.__version__}", *flags)
     return Library("core", "core", ("core",), identity, "", steps)
@@ -215,12 +221,12 @@ def _cpu_library(spec: Spec) -> Library:
     flags += ["-fopenmp", "-fno-gnu-unique"]
     gomp = toolchain.openmp_runtime()
 
-    def steps(folder: Path) -> list[list[str]]:
+    def steps(folder: Path) -> list[list[list[str]]]:
         cxx, obj = env.host_compiler(), str(folder / "attention.o")
         source = str(csrc() / "cpu" / "attention.cpp")
         return [
-            [cxx, *flags, f"-I{csrc()}", f"-I{folder}", "-c", source, "-o", obj],
-            [cxx, "-shared", "-Wl,-Bsymbolic", obj, gomp, "-o", str(folder / "lib.so")],
+            [[cxx, *flags, f"-I{csrc()}", f"-I{folder}", "-c", source, "-o", obj]],
+            [[cxx, "-shared", "-Wl,-Bsymbolic", obj, gomp, "-o", str(folder / "lib.so")]],
         ]
 
     identity = (toolchain.host_version(), toolchain.cpu_features(), os.path.basename(gomp), *flags)
@@ -229,17 +235,15 @@ def _cpu_library(spec: Spec) -> Library:
 
 def _nvcc_steps(
     sources: list[str], arch: int, *more: str
-) -> tuple[tuple[str, ...], Callable[[Path], list[list[str]]]]:
+) -> tuple[tuple[str, ...], Callable[[Path], list[list[list[str]]]]]:
     # 90a: wgmma and TMA exist only in the architecture-specific set
     number = "90a" if arch == 90 else str(arch)
     flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{number},code=sm_{number}", "-lineinfo"]
     flags += ["-Xcompiler=-fPIC,-fno-gnu-unique", "-Xlinker=-Bsymbolic", "-shared", "-Xptxas=-v", *more]
 
-    def steps(folder: Path) -> list[list[str]]:
-        files = [str(csrc() / s) for s in sources]
-        return [
-            [toolchain.nvcc(), *flags, f"-I{csrc()}", f"-I{folder}", *files, "-o", str(folder / "lib.so")]
-        ]
+    def steps(folder: Path) -> list[list[list[str]]]:
+        files, out = [str(csrc() / s) for s in sources], str(folder / "lib.so")
+        return [[[toolchain.nvcc(), *flags, f"-I{csrc()}", f"-I{folder}", *files, "-o", out]]]
 
     return (toolchain.nvcc_version(), *flags), steps
 
@@ -309,12 +313,15 @@ def _compile_into(lib: Library, target: Path) -> None:
         if lib.header:
             (folder / "fi_spec.h").write_text(lib.header)
         output = ""
-        for command in lib.steps(folder):
+        for commands in lib.steps(folder):
             try:
-                output += toolchain.call(command, lib.label)
+                with ThreadPoolExecutor(len(commands)) as pool:
+                    output += "".join(pool.map(lambda c: toolchain.call(c, lib.label), commands))
             except BuildError as error:
                 raise BuildError(with_places(str(error))) from None
         (folder / "build.log").write_text(output)
+        for part in folder.glob("*.o"):
+            part.unlink()
         os.chmod(folder, 0o755)  # mkdtemp makes it private; a shared cache is read by others
         os.rename(folder, target)
     finally:
