@@ -1,13 +1,18 @@
 """What an engine keeps in memory, as read: a paged KV cache and the sparse matrix of rows against pages.
 
-Nothing is copied: a format holds the engine's own tensors. Strides are read, never assumed.
+Nothing is copied: a format holds the engine's own tensors. Strides are read, never assumed. Arrays of other
+frameworks (whatever has `__dlpack__`) are held as tensors over their memory; on a GPU torch's current stream
+waits for what they were made on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+from . import arrays
+from .arrays import Array
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -29,14 +34,22 @@ class KVCache:
     """Paged K and V: logical views k [pages, page_size, kv_heads, head_dim_qk], v [..., head_dim_vo].
 
     Any strides with head_dim contiguous; bf16, f16 or f32 (CPU only). Build one with `packed` or `separate`.
-    Raises ValueError or TypeError if K and V do not belong together.
+    read_only: `append` refuses it; so are JAX arrays, and NumPy arrays that are not writeable. Raises
+    ValueError or TypeError if K and V do not belong together.
     """
 
     k: torch.Tensor
     v: torch.Tensor
+    read_only: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         k, v = self.k, self.v
+        if not (isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+            frozen = self.read_only or arrays.read_only(k) or arrays.read_only(v)
+            object.__setattr__(self, "read_only", frozen)
+            k, v = arrays.tensor("expected k", k), arrays.tensor("expected v", v)
+            object.__setattr__(self, "k", k)
+            object.__setattr__(self, "v", v)
         for name, x in (("k", k), ("v", v)):
             _check_rank(name, x, 4, "[pages, page_size, kv_heads, head_dim]")
             if x.dtype not in DTYPES:
@@ -56,33 +69,38 @@ class KVCache:
             raise ValueError(f"expected k and v on one device, got {k.device} and {v.device}")
 
     @classmethod
-    def packed(cls, cache: torch.Tensor) -> KVCache:
+    def packed(cls, cache: Array) -> KVCache:
         """cache [pages, kv_heads, page_size, 2 * head_dim]: K is the first half of each row, V the second."""
+        frozen, cache = arrays.read_only(cache), arrays.tensor("expected packed cache", cache)
         _check_rank("packed cache", cache, 4, "[pages, kv_heads, page_size, 2 * head_dim]")
         if cache.shape[3] % 2:
             raise ValueError(f"expected a packed cache with an even last dimension, got {cache.shape[3]}")
         logical, dim = cache.transpose(1, 2), cache.shape[3] // 2
-        return cls(logical[..., :dim], logical[..., dim:])
+        return cls(logical[..., :dim], logical[..., dim:], read_only=frozen)
 
     @classmethod
-    def separate(cls, k: torch.Tensor, v: torch.Tensor, layout: str = "NHD") -> KVCache:
+    def separate(cls, k: Array, v: Array, layout: str = "NHD") -> KVCache:
         """NHD: k, v [pages, page_size, kv_heads, head_dim]; HND: [pages, kv_heads, page_size, head_dim]."""
         if layout not in ("NHD", "HND"):
             raise ValueError(f"expected layout NHD or HND, got {layout!r}")
-        if layout == "HND":
-            _check_rank("k", k, 4, "[pages, kv_heads, page_size, head_dim]")
-            _check_rank("v", v, 4, "[pages, kv_heads, page_size, head_dim]")
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return cls(k, v)
+        if layout == "NHD":
+            return cls(k, v)
+        frozen = arrays.read_only(k) or arrays.read_only(v)
+        k, v = arrays.tensor("expected k", k), arrays.tensor("expected v", v)
+        _check_rank("k", k, 4, "[pages, kv_heads, page_size, head_dim]")
+        _check_rank("v", v, 4, "[pages, kv_heads, page_size, head_dim]")
+        return cls(k.transpose(1, 2), v.transpose(1, 2), read_only=frozen)
 
     @classmethod
-    def slots(cls, k: torch.Tensor, v: torch.Tensor, page_size: int) -> KVCache:
+    def slots(cls, k: Array, v: Array, page_size: int) -> KVCache:
         """k, v [slots, kv_heads, head_dim]: page p is the slots from p * page_size on."""
+        frozen = arrays.read_only(k) or arrays.read_only(v)
+        k, v = arrays.tensor("expected k", k), arrays.tensor("expected v", v)
         _check_rank("k", k, 3, "[slots, kv_heads, head_dim]")
         _check_rank("v", v, 3, "[slots, kv_heads, head_dim]")
         pages = k.shape[0] // page_size  # slots past the last whole page belong to none
         k, v = (x[: pages * page_size].unflatten(0, (pages, page_size)) for x in (k, v))
-        return cls(k, v)
+        return cls(k, v, read_only=frozen)
 
     @property
     def num_pages(self) -> int:
@@ -134,6 +152,10 @@ class BlockSparse:
     page_size: int
 
     def __post_init__(self) -> None:
+        for name in ("qo_indptr", "kv_len", "table", "starts"):
+            x = getattr(self, name)
+            if x is not None and not isinstance(x, torch.Tensor):
+                object.__setattr__(self, name, arrays.tensor(f"expected {name}", x))
         device = self.table.device
         for name, x in (("qo_indptr", self.qo_indptr), ("kv_len", self.kv_len)):
             _check_rank(name, x, 1, "[requests + 1]" if name == "qo_indptr" else "[requests]")
@@ -157,9 +179,10 @@ class BlockSparse:
 
     @classmethod
     def from_block_table(
-        cls, qo_indptr: torch.Tensor, kv_len: torch.Tensor, block_table: torch.Tensor, page_size: int
+        cls, qo_indptr: Array, kv_len: Array, block_table: Array, page_size: int
     ) -> BlockSparse:
         """block_table [R, W] int32 page ids, row r for request r; its strides are read."""
+        block_table = arrays.tensor("expected block_table", block_table)
         _check_rank("block_table", block_table, 2, "[requests, pages]")
         if block_table.shape[0] < kv_len.shape[0]:
             raise ValueError(
@@ -171,16 +194,18 @@ class BlockSparse:
     @classmethod
     def from_token_table(
         cls,
-        qo_indptr: torch.Tensor,
-        kv_len: torch.Tensor,
-        req_to_token: torch.Tensor,
-        rows: torch.Tensor,
+        qo_indptr: Array,
+        kv_len: Array,
+        req_to_token: Array,
+        rows: Array,
         page_size: int,
     ) -> BlockSparse:
         """req_to_token [P, L] int32 token slots; rows [R] int32 or int64: the pool row of each request.
 
         With page_size > 1 only the slot of each page's first token is read: pages are aligned in the pool.
         """
+        req_to_token = arrays.tensor("expected req_to_token", req_to_token)
+        rows = arrays.tensor("expected rows", rows)
         _check_rank("req_to_token", req_to_token, 2, "[pool rows, tokens]")
         _check_rows("rows", rows, kv_len.shape[0])
         stride, step = req_to_token.stride()
@@ -189,13 +214,14 @@ class BlockSparse:
     @classmethod
     def from_csr(
         cls,
-        qo_indptr: torch.Tensor,
-        kv_len: torch.Tensor,
-        indptr: torch.Tensor,
-        indices: torch.Tensor,
+        qo_indptr: Array,
+        kv_len: Array,
+        indptr: Array,
+        indices: Array,
         page_size: int,
     ) -> BlockSparse:
         """indices [nnz] int32 page ids; request r begins at indptr[r]; indptr [R + 1] int32 or int64."""
+        indptr, indices = arrays.tensor("expected indptr", indptr), arrays.tensor("expected indices", indices)
         _check_rank("indices", indices, 1, "[pages in use]")
         _check_rows("indptr", indptr, kv_len.shape[0] + 1)
         return cls(qo_indptr, kv_len, indices, indptr, 1, indices.stride(0), False, page_size)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from . import debug, env, jit
+from . import arrays, debug, env, jit
+from .arrays import Array
 from .formats import KVCache
 from .variants import CAUSAL, WINDOW, Variant
 
@@ -87,8 +89,6 @@ def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtyp
         raise ValueError(
             f"expected a variant with WINDOW (the plan kept {planner.window} keys a row), got {variant}"
         )
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"expected q to be a torch tensor, got one of dtype {dtype!r}")
     if dtype not in jit.DTYPES:
         raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
     dims = planner.head_dim_qk, planner.head_dim_vo
@@ -99,15 +99,15 @@ def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtyp
 
 def run(
     plan: Plan,
-    q: torch.Tensor,
+    q: Array,
     kv: KVCache,
-    out: torch.Tensor | None = None,
+    out: Array | None = None,
     *,
     variant: Variant = CAUSAL,
     scale: float | None = None,
-    lse: torch.Tensor | None = None,
+    lse: Array | None = None,
     **variant_args: Any,
-) -> torch.Tensor:
+) -> Array:
     """Attention of q against the pages of the plan's batch. Returns out.
 
     q [tokens, q_heads, head_dim_qk] and out [tokens, q_heads, head_dim_vo]: bf16 or f16 (f32 too on the
@@ -119,7 +119,17 @@ def run(
     Runs on the current stream, allocates only `out`, never synchronises (unless FI_DEBUG=1). Raises
     ValueError or TypeError for inputs that do not fit the plan, RuntimeError when a kernel cannot be built
     or launched.
+
+    Arrays of other frameworks go in uncopied; without out, the result is of q's framework. The kernel runs on
+    torch's current stream, which waits for the current streams of the frameworks that q, out and lse are of,
+    and these for it: what they queue next may read out. JAX arrays are immutable, so refused as out and lse.
     """
+    if not (
+        isinstance(q, Tensor)
+        and (out is None or isinstance(out, Tensor))
+        and (lse is None or isinstance(lse, Tensor))
+    ):
+        return _run_arrays(plan, q, kv, out, variant, scale, lse, variant_args)
     planner = plan.planner
     runner = planner.__dict__.get("_runner") or make_runner(planner)
     if runner.gpu is not None and runner.gpu != torch.cuda.current_device():
@@ -162,13 +172,42 @@ def run(
     return out
 
 
-def append(kv: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+def _run_arrays(
+    plan: Plan,
+    q: Array,
+    kv: KVCache,
+    out: Array | None,
+    variant: Variant,
+    scale: float | None,
+    lse: Array | None,
+    variant_args: dict[str, Any],
+) -> Array:
+    """`run` where not all is torch's."""
+    with torch.cuda.device_of(plan.header):  # what leaves by DLPack must be on the current device
+        rows = arrays.tensor("expected q", q)
+        result = None if out is None else arrays.writable("expected out", out)
+        sums = None if lse is None else arrays.writable("expected lse", lse)
+        result = run(plan, rows, kv, result, variant=variant, scale=scale, lse=sums, **variant_args)
+        arrays.hold(result.device, q, kv, out, lse, variant_args)
+        if sums is not None:
+            arrays.back(sums, lse)  # for its stream
+        returned = arrays.back(result, q if out is None else out)
+    return returned if out is None else out
+
+
+def append(kv: KVCache, k: Array, v: Array, slot_mapping: Array) -> None:
     """Writes new keys and values into the cache: token i goes to slot_mapping[i] = page * page_size + offset.
 
     k [tokens, kv_heads, head_dim_qk], v [tokens, kv_heads, head_dim_vo] of the cache's dtype, at least as
     many tokens as slot_mapping [tokens] int64 has; a negative slot skips its token. Raises ValueError or
-    TypeError; a slot past the cache is found on the CPU and, with FI_DEBUG=1, on a GPU.
+    TypeError; a slot past the cache is found on the CPU and, with FI_DEBUG=1, on a GPU. Other frameworks: as
+    in `run`; the stream of k's framework waits for the cache.
     """
+    if kv.read_only:
+        raise ValueError("expected a cache that can be written, got one of read-only or JAX arrays")
+    if not (isinstance(k, Tensor) and isinstance(v, Tensor) and isinstance(slot_mapping, Tensor)):
+        _append_arrays(kv, k, v, slot_mapping)
+        return
     function = error = 0
     if kv.k.is_cuda:
         if kv.device.index != torch.cuda.current_device():
@@ -180,3 +219,11 @@ def append(kv: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Te
         if env.debug():
             debug.check_slots(slot_mapping, kv.num_pages * kv.page_size)
     jit.core().append(function, error, kv.k, kv.v, k, v, slot_mapping)
+
+
+def _append_arrays(kv: KVCache, k: Array, v: Array, slot_mapping: Array) -> None:
+    with torch.cuda.device_of(kv.k):
+        keys, values = arrays.tensor("expected k", k), arrays.tensor("expected v", v)
+        append(kv, keys, values, arrays.tensor("expected slot_mapping", slot_mapping))
+        arrays.hold(kv.device, kv, k, v, slot_mapping)
+        arrays.back(keys, k)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from . import arrays
 from .functors import functor, place_of
 
 _FORMATS = {"float": "f4x", "int": "i4x", "tensor": "Q"}  # every argument fills one 8-byte slot
@@ -135,10 +136,8 @@ class Variant:
 
 def _slot(variant: Variant, arg: Argument, value: Any, q_heads: int, device: torch.device) -> Any:
     if arg.kind == "tensor":
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(
-                f"variant {variant.name}: expected {arg.name} to be a tensor, got {type(value).__name__}"
-            )
+        if not isinstance(value, torch.Tensor):  # over memory that the caller holds
+            value = arrays.tensor(f"variant {variant.name}: expected {arg.name}", value)
         fits = value.shape == (q_heads,) if arg.per == "head" else value.dim() == 1
         if not fits or value.dtype != arg.dtype or not value.is_contiguous():
             length = f"[{q_heads}] (q heads)" if arg.per == "head" else f"[{arg.per}s]"
