@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import checks
@@ -13,8 +16,9 @@ import pytest
 import torch
 from cases import TABLES, Case, Inputs, make
 
-from fi_backend import BlockSparse, KVCache, Plan, append, arrays, run
+from fi_backend import BlockSparse, KVCache, Plan, append, arrays, eager, run
 from fi_backend.run import make_runner
+from fi_backend.variants import CAUSAL
 
 CASE = Case((1, 3, 2), (40, 0, 17), page_size=8, layout="HND", dtype="f16", variant="CAUSAL+WINDOW+SINKS")
 
@@ -280,6 +284,23 @@ def test_refusals(changes: dict[str, Any], error: type[Exception], message: str)
 def test_refusals_of_formats(build: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+def test_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # faster
+    names: dict[str, Any] = {}
+    page = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["out"].shape == names["out_np"].shape == (6, 32, 128)
+    for plan, q, kv, out in [
+        (names["plan"], names["q"], KVCache(names["k"], names["v"]), names["out"]),
+        (names["plan_np"], names["q"].cpu().half(), names["kv_np"], None),
+    ]:
+        wanted, _ = eager.attention(q, kv, plan.batch, CAUSAL, {}, 128**-0.5)
+        found = names["layer"](plan, q, kv).view(6, 32, 128)
+        torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=2e-2)
+        assert out is None or torch.equal(found, out)
 
 
 SPIN = r'extern "C" __global__ void spin(long long n) { long long t = clock64(); while (clock64() - t < n); }'
