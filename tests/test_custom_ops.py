@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fi_backend import KVCache, append, run
+from fi_backend import KVCache, Plan, append, custom_ops, run
 
 CASE = Case((1, 3), (40, 17), extra_tokens=0, variant="CAUSAL+WINDOW+SOFT_CAP+SINKS", dtype="f32")
 GPU = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -120,6 +120,18 @@ def test_plans_of_one_planner_are_one_graph() -> None:
         assert torch.equal(found, _layer(first)(plan, *args, wanted_lse))
         assert torch.equal(inputs.lse, wanted_lse) and not wanted_lse.isnan().any()
     assert counter.frame_count == 1
+
+
+def test_a_plan_that_is_baked_in_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle_for, plans = custom_ops.handle_for, []
+
+    def of_the_first(plan: Plan) -> torch.Tensor:
+        plans.append(plan)
+        return handle_for(plan) if plans[0] is plan else plans[0].handle
+
+    monkeypatch.setattr(custom_ops, "handle_for", of_the_first)
+    with pytest.raises(ValueError, match="expected the last plan of its planner"):
+        test_plans_of_one_planner_are_one_graph()
 
 
 def test_numbers_of_tokens_are_one_graph() -> None:

@@ -123,6 +123,19 @@ def test_attention(framework: Framework, table: str) -> None:
         checks.compare(truth, torch.from_dlpack(out), inputs.lse)
 
 
+def test_a_copy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = arrays.tensor
+    monkeypatch.setattr(
+        arrays,
+        "tensor",
+        lambda expected, x: x if isinstance(x, torch.Tensor) else shared(expected, x).clone(),
+    )
+    with pytest.raises(AssertionError):
+        test_attention(_numpy(), "block")
+    with pytest.raises(AssertionError):
+        test_append(_numpy())
+
+
 def test_append(framework: Framework) -> None:
     kv = make(replace(CASE, dtype=framework.dtype), framework.device).kv
     to, slots = framework.to, torch.tensor([9, -1, 3], device=framework.device)
