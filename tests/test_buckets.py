@@ -180,10 +180,9 @@ def test_padding_matters(device: str) -> None:
         decode.check((1, 17, 80))
 
 
-@DEVICES
-def test_a_plan_outside_of_the_step(device: str) -> None:
-    """Negative control: replays attend for the lengths of that plan."""
-    decode = Decode(device)
+def test_a_plan_outside_of_the_step() -> None:
+    """Negative control: replays attend for the lengths of that plan. A GPU's KV tile has room for all."""
+    decode = Decode("cpu")
     decode.kv_len.fill_(1)
     plan = decode.planner.plan(decode.batch(decode.kv_len))
 
