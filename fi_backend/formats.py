@@ -29,6 +29,12 @@ def _check_int(name: str, x: torch.Tensor, device: torch.device, *wanted: torch.
         raise ValueError(f"expected {name} on {device} (where the page table is), got {x.device}")
 
 
+def _over_memory(k: Array, v: Array) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Both as tensors, and whether one of them may only be read."""
+    read_only = arrays.read_only(k) or arrays.read_only(v)
+    return arrays.tensor("expected k", k), arrays.tensor("expected v", v), read_only
+
+
 @dataclass(frozen=True)
 class KVCache:
     """Paged K and V: logical views k [pages, page_size, kv_heads, head_dim_qk], v [..., head_dim_vo].
@@ -45,9 +51,8 @@ class KVCache:
     def __post_init__(self) -> None:
         k, v = self.k, self.v
         if not (isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
-            frozen = self.read_only or arrays.read_only(k) or arrays.read_only(v)
-            object.__setattr__(self, "read_only", frozen)
-            k, v = arrays.tensor("expected k", k), arrays.tensor("expected v", v)
+            k, v, frozen = _over_memory(k, v)
+            object.__setattr__(self, "read_only", self.read_only or frozen)
             object.__setattr__(self, "k", k)
             object.__setattr__(self, "v", v)
         for name, x in (("k", k), ("v", v)):
@@ -85,8 +90,7 @@ class KVCache:
             raise ValueError(f"expected layout NHD or HND, got {layout!r}")
         if layout == "NHD":
             return cls(k, v)
-        frozen = arrays.read_only(k) or arrays.read_only(v)
-        k, v = arrays.tensor("expected k", k), arrays.tensor("expected v", v)
+        k, v, frozen = _over_memory(k, v)
         _check_rank("k", k, 4, "[pages, kv_heads, page_size, head_dim]")
         _check_rank("v", v, 4, "[pages, kv_heads, page_size, head_dim]")
         return cls(k.transpose(1, 2), v.transpose(1, 2), read_only=frozen)
@@ -94,8 +98,7 @@ class KVCache:
     @classmethod
     def slots(cls, k: Array, v: Array, page_size: int) -> KVCache:
         """k, v [slots, kv_heads, head_dim]: page p is the slots from p * page_size on."""
-        frozen = arrays.read_only(k) or arrays.read_only(v)
-        k, v = arrays.tensor("expected k", k), arrays.tensor("expected v", v)
+        k, v, frozen = _over_memory(k, v)
         _check_rank("k", k, 3, "[slots, kv_heads, head_dim]")
         _check_rank("v", v, 3, "[slots, kv_heads, head_dim]")
         pages = k.shape[0] // page_size  # slots past the last whole page belong to none
