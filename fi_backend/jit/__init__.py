@@ -160,19 +160,19 @@ def arch_of(device: torch.device) -> int:
     return major * 10 + minor
 
 
+Commands = list[list[str]]  # compiler calls that run side by side
+
+
 @dataclass(frozen=True)
 class Library:
-    """What to compile. folders: parts of csrc whose text goes into the key.
-
-    steps(folder): command lines, those of a step run side by side.
-    """
+    """What to compile. folders: parts of csrc whose text goes into the key. steps(folder): in turn."""
 
     label: str
     name: str
     folders: tuple[str, ...]
     identity: tuple[str, ...]  # compiler and flags, without paths that differ between machines
     header: str
-    steps: Callable[[Path], list[list[list[str]]]]
+    steps: Callable[[Path], list[Commands]]
 
     def key(self) -> str:
         digest = hashlib.sha256()
@@ -203,7 +203,7 @@ def _core_library() -> Library:
     libdir = str(Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent)
     tvm_includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())
 
-    def steps(folder: Path) -> list[list[list[str]]]:
+    def steps(folder: Path) -> list[Commands]:
         sources = sorted((csrc() / "core").glob("*.cpp"))
         objects = [str(folder / f"{p.stem}.o") for p in sources]
         compiler = [env.host_compiler(), *flags, *(f"-I{p}" for p in (csrc(), *tvm_includes)), "-c"]
@@ -221,7 +221,7 @@ def _cpu_library(spec: Spec) -> Library:
     flags += ["-fopenmp", "-fno-gnu-unique"]
     gomp = toolchain.openmp_runtime()
 
-    def steps(folder: Path) -> list[list[list[str]]]:
+    def steps(folder: Path) -> list[Commands]:
         cxx, obj = env.host_compiler(), str(folder / "attention.o")
         source = str(csrc() / "cpu" / "attention.cpp")
         return [
@@ -235,13 +235,13 @@ def _cpu_library(spec: Spec) -> Library:
 
 def _nvcc_steps(
     sources: list[str], arch: int, *more: str
-) -> tuple[tuple[str, ...], Callable[[Path], list[list[list[str]]]]]:
+) -> tuple[tuple[str, ...], Callable[[Path], list[Commands]]]:
     # 90a: wgmma and TMA exist only in the architecture-specific set
     number = "90a" if arch == 90 else str(arch)
     flags = ["-O3", "-std=c++17", f"-gencode=arch=compute_{number},code=sm_{number}", "-lineinfo"]
     flags += ["-Xcompiler=-fPIC,-fno-gnu-unique", "-Xlinker=-Bsymbolic", "-shared", "-Xptxas=-v", *more]
 
-    def steps(folder: Path) -> list[list[list[str]]]:
+    def steps(folder: Path) -> list[Commands]:
         files, out = [str(csrc() / s) for s in sources], str(folder / "lib.so")
         return [[[toolchain.nvcc(), *flags, f"-I{csrc()}", f"-I{folder}", *files, "-o", out]]]
 
