@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from . import env, jit
+from . import custom_ops, env, jit
 from .formats import BlockSparse
 
 if TYPE_CHECKING:
@@ -326,6 +326,10 @@ class Plan:
     planner: Planner
     batch: BlockSparse
     planned: BlockSparse  # whose lengths became work items; `rebind` changes `batch` alone
+    handle: torch.Tensor = field(init=False, repr=False)  # stands for the plan in a graph of torch.compile
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", custom_ops.handle_for(self))
 
     @property
     def header(self) -> torch.Tensor:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from . import arrays, debug, env, jit
+from . import arrays, custom_ops, debug, env, jit
 from .arrays import Array
 from .formats import KVCache
 from .variants import CAUSAL, WINDOW, Variant
@@ -123,7 +124,12 @@ def run(
     Arrays of other frameworks go in uncopied; without out, the result is of q's framework. The kernel runs on
     torch's current stream, which waits for the current streams of the frameworks that q, out and lse are of,
     and these for it: what they queue next may read out. JAX arrays are immutable, so refused as out and lse.
+
+    torch.compile traces this as fi_backend::run. Plans are made, page tables written and variants composed
+    outside of what it compiles; other plans of a planner are no reason to compile again.
     """
+    if is_dynamo_compiling():  # is_compiling() would be true in other threads too
+        return custom_ops.traced_run(plan, q, kv, out, variant, scale, lse, variant_args)
     if not (
         isinstance(q, Tensor)
         and (out is None or isinstance(out, Tensor))
@@ -200,11 +206,14 @@ def append(kv: KVCache, k: Array, v: Array, slot_mapping: Array) -> None:
 
     k [tokens, kv_heads, head_dim_qk], v [tokens, kv_heads, head_dim_vo] of the cache's dtype, at least as
     many tokens as slot_mapping [tokens] int64 has; a negative slot skips its token. Raises ValueError or
-    TypeError; a slot past the cache is found on the CPU and, with FI_DEBUG=1, on a GPU. Other frameworks: as
-    in `run`; the stream of k's framework waits for the cache.
+    TypeError; a slot past the cache is found on the CPU and, with FI_DEBUG=1, on a GPU. Other frameworks and
+    torch.compile (fi_backend::append): as in `run`; the stream of k's framework waits for the cache.
     """
     if kv.read_only:
         raise ValueError("expected a cache that can be written, got one of read-only or JAX arrays")
+    if is_dynamo_compiling():
+        custom_ops.traced_append(kv, k, v, slot_mapping)
+        return
     if not (isinstance(k, Tensor) and isinstance(v, Tensor) and isinstance(slot_mapping, Tensor)):
         _append_arrays(kv, k, v, slot_mapping)
         return
