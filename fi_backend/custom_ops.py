@@ -1,8 +1,10 @@
 """`run` and `append` as torch custom ops, for code that torch.compile traces.
 
-A graph takes tensors and numbers, so a Plan goes in as its handle: a CPU tensor that holds a number. Guards
-do not look at the number, and it is read when the graph runs: no plan is baked in, and none compiles anew.
-What a plan reads is unknown to the graph, so a graph must not write page tables.
+A graph takes tensors and numbers, so a Plan or a KVCache goes in as its handle: a CPU tensor that holds a
+number. Guards do not look at the number, and it is read when the graph runs: no plan is baked in, and none
+compiles anew. What plans and caches point to is unknown to the graph: by these ops alone may it touch page
+tables and caches. (A cache that it sees torch.compile may copy, and wrongly where K and V are views of one
+tensor: torch 2.13 forgets the storage offset of an input that an op mutates.)
 """
 
 from __future__ import annotations
@@ -14,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .formats import KVCache
 from .variants import Variant, parse
 
 if TYPE_CHECKING:
+    from .formats import KVCache
     from .plan import Plan
 
 
-class _PlanRef(weakref.ref):
+class _Ref(weakref.ref):
     __slots__ = ("owned",)
     owned: tuple[int, torch.Tensor]
 
 
-_plans: dict[int, _PlanRef] = {}
-_free: list[tuple[int, torch.Tensor]] = []  # numbers and handles of plans that are gone
+_named: dict[int, _Ref] = {}
+_free: list[tuple[int, torch.Tensor]] = []  # numbers and handles of what is gone
 _numbers = itertools.count()
 
 _library = torch.library.Library("fi_backend", "FRAGMENT")
@@ -37,21 +39,28 @@ _TAGS = tuple(
 )
 
 
-def handle_for(plan: Plan) -> torch.Tensor:
-    """The plan's own as long as it lives. Reused later: to make a tensor takes longer than all the rest."""
+def handle_for(owner: Plan | KVCache) -> torch.Tensor:
+    """The owner's as long as it lives. Reused later: to make a tensor takes longer than all the rest."""
     try:
         owned = _free.pop()
     except IndexError:
         number = next(_numbers)
         with torch.inference_mode(False):  # guards tell inference tensors from others
             owned = number, torch.tensor(number, device="cpu")
-    ref = _plans[owned[0]] = _PlanRef(plan, _release)
+    ref = _named[owned[0]] = _Ref(owner, _release)
     ref.owned = owned
     return owned[1]
 
 
-def _release(ref: _PlanRef) -> None:
+def _release(ref: _Ref) -> None:
     _free.append(ref.owned)
+
+
+def _owner(handle: torch.Tensor, kind: str) -> Any:
+    found = _named[int(handle.item())]()
+    if found is None:
+        raise RuntimeError(f"expected a {kind} that is alive, got one that nothing refers to any more")
+    return found
 
 
 def traced_run(
@@ -70,9 +79,8 @@ def traced_run(
     numbers = {name: x for name, x in variant_args.items() if name not in tensors}
     torch.ops.fi_backend.run(
         plan.handle,
+        kv.handle,
         q,
-        kv.k,
-        kv.v,
         out,
         lse,
         scale,
@@ -85,7 +93,7 @@ def traced_run(
 
 
 def traced_append(kv: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    torch.ops.fi_backend.append(kv.k, kv.v, k, v, slot_mapping)
+    torch.ops.fi_backend.append(kv.handle, k, v, slot_mapping)
 
 
 @functools.cache
@@ -94,10 +102,9 @@ def _variant(name: str) -> Variant:
 
 
 def _run(
-    handle: torch.Tensor,
+    plan: torch.Tensor,
+    kv: torch.Tensor,
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor | None,
     scale: float | None,
@@ -108,23 +115,24 @@ def _run(
 ) -> None:
     from .run import run
 
-    plan = _plans[int(handle.item())]()
-    if plan is None:
-        raise RuntimeError("expected a plan that is alive, got one that nothing refers to any more")
     variant_args = dict(zip(names, [*tensors, *numbers], strict=True))
-    run(plan, q, KVCache(k, v), out, variant=_variant(variant), scale=scale, lse=lse, **variant_args)
+    kv_cache: KVCache = _owner(kv, "cache")
+    run(
+        _owner(plan, "plan"),
+        q,
+        kv_cache,
+        out,
+        variant=_variant(variant),
+        scale=scale,
+        lse=lse,
+        **variant_args,
+    )
 
 
-def _append(
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
+def _append(kv: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     from .run import append
 
-    append(KVCache(k_cache, v_cache), k, v, slot_mapping)
+    append(_owner(kv, "cache"), k, v, slot_mapping)
 
 
 def _define(name: str, arguments: str, function: Any) -> None:
@@ -135,12 +143,9 @@ def _define(name: str, arguments: str, function: Any) -> None:
 
 _define(
     "run",
-    "Tensor handle, Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, float? scale, "
-    "str variant, str[] names, Tensor[] tensors, float[] numbers",
+    "Tensor plan, Tensor kv, Tensor q, Tensor(a!) out, Tensor(b!)? lse, float? scale, str variant, "
+    "str[] names, Tensor[] tensors, float[] numbers",
     _run,
 )
-_define(
-    "append",
-    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k, Tensor v, Tensor slot_mapping",
-    _append,
-)
+# the handle stands for the cache: what reads it later stays behind
+_define("append", "Tensor(a!) kv, Tensor k, Tensor v, Tensor slot_mapping", _append)

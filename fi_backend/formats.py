@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from . import arrays
+from . import arrays, custom_ops
 from .arrays import Array
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,6 +47,8 @@ class KVCache:
     k: torch.Tensor
     v: torch.Tensor
     read_only: bool = field(default=False, kw_only=True)
+    # stands for the cache in a graph of torch.compile
+    handle: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         k, v = self.k, self.v
@@ -72,6 +74,7 @@ class KVCache:
             raise TypeError(f"expected k and v of one dtype, got {k.dtype} and {v.dtype}")
         if k.device != v.device:
             raise ValueError(f"expected k and v on one device, got {k.device} and {v.device}")
+        object.__setattr__(self, "handle", custom_ops.handle_for(self))
 
     @classmethod
     def packed(cls, cache: Array) -> KVCache:

@@ -58,12 +58,12 @@ def test_opcheck(device: str, lse: bool) -> None:
     inputs = _inputs(device)
     plan = checks.planner_for(inputs).plan(inputs.batch)
     run_args = (
-        *(plan.handle, inputs.q, inputs.kv.k, inputs.kv.v, inputs.out),
+        *(plan.handle, inputs.kv.handle, inputs.q, inputs.out),
         *(inputs.lse if lse else None, None if lse else 0.25, inputs.variant.name),
         *(["sinks", "window", "soft_cap"], [inputs.variant_args["sinks"]], [50, 3.0]),
     )
     opcheck(torch.ops.fi_backend.run.default, run_args)
-    opcheck(torch.ops.fi_backend.append.default, (inputs.kv.k, inputs.kv.v, *_new(inputs)))
+    opcheck(torch.ops.fi_backend.append.default, (inputs.kv.handle, *_new(inputs)))
 
 
 def _check_layer(device: str, layout: str, backend: Any, **compiler: Any) -> None:
@@ -83,9 +83,12 @@ def test_a_layer(layout: str) -> None:
     _check_layer("cpu", layout, "aot_eager")
 
 
-def test_the_cache_is_not_copied() -> None:
-    """Both halves of a packed cache are views of one input. Nothing here makes inductor compile C++."""
+@pytest.mark.parametrize("layout", ["packed", "stacked"])
+def test_the_cache_is_not_copied(layout: str) -> None:
+    """K and V are views of one tensor. Nothing here makes inductor compile C++."""
     inputs = _inputs("cpu", layout="packed")
+    if layout == "stacked":
+        inputs.kv = KVCache(*torch.stack([inputs.kv.k, inputs.kv.v]))
     plan = checks.planner_for(inputs).plan(inputs.batch)
     settings = {"variant": inputs.variant, **inputs.variant_args}
 
@@ -125,7 +128,9 @@ def test_plans_of_one_planner_are_one_graph() -> None:
 def test_a_plan_that_is_baked_in_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     handle_for, plans = custom_ops.handle_for, []
 
-    def of_the_first(plan: Plan) -> torch.Tensor:
+    def of_the_first(plan: Any) -> torch.Tensor:
+        if not isinstance(plan, Plan):
+            return handle_for(plan)
         plans.append(plan)
         return handle_for(plan) if plans[0] is plan else plans[0].handle
 
@@ -191,7 +196,7 @@ def test_handles() -> None:
     plans = [planner.plan(inputs.batch) for _ in range(3)]
     handles = [plan.handle for plan in plans]
     assert len({int(handle) for handle in handles}) == 3
-    args = (inputs.q, inputs.kv.k, inputs.kv.v, inputs.out, None, None, "CAUSAL", [], [], [])
+    args = (inputs.kv.handle, inputs.q, inputs.out, None, None, "CAUSAL", [], [], [])
     del plans[2]
     gc.collect()
     with pytest.raises(RuntimeError, match="expected a plan that is alive"):
@@ -220,7 +225,7 @@ def test_eager_calls_go_past_the_dispatcher() -> None:
         append(inputs.kv, *new)
     assert not [name for name in seen.names if name.startswith("fi_backend")]
     with Seen() as seen:  # the check can fail
-        torch.ops.fi_backend.append(inputs.kv.k, inputs.kv.v, *new)
+        torch.ops.fi_backend.append(inputs.kv.handle, *new)
     assert "fi_backend.append.default" in seen.names
 
 
