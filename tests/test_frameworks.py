@@ -334,10 +334,10 @@ def test_cupy_streams() -> None:
     late[...] = late
     torch.cuda.synchronize()
     with cupy.cuda.Stream(non_blocking=True) as side:
-        spin((1,), (1,), (cupy.int64(400_000_000),))  # a fifth of a second
+        spin((1,), (1,), (cupy.int64(1_600_000_000),))  # most of a second: hosts can be slow
         late[...] = q
         out = run(plan, late, kv, **settings)
-        torch.cuda._sleep(400_000_000)
+        torch.cuda._sleep(1_600_000_000)
         assert run(plan, late, kv, again, **settings) is again
         assert len(arrays._queued) == 2, "what CuPy may give away was not kept"
         copies = out.copy(), again.copy()
