@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,8 @@ import numpy as np
 class Case:
     """Causal attention of q_lens[r] query tokens, the last ones of kv_lens[r] keys, for each request r.
 
-    prefix: tokens, whole pages, that all requests share: their first keys.
+    prefix: tokens, whole pages, that all requests share: their first keys. in_order: pages of a request lie
+    one behind the other, as an engine with an empty pool hands them out; otherwise anywhere.
     """
 
     id: str
@@ -28,6 +30,7 @@ class Case:
     head_dim: int = 128
     page_size: int = 16
     prefix: int = 0
+    in_order: bool = False
 
     @property
     def tokens(self) -> int:
@@ -59,11 +62,11 @@ def lengths(kind: str, requests: int, mean: int) -> tuple[int, ...]:
     raise ValueError(f"expected lengths constant, uniform or zipf, got {kind}")
 
 
-def _decode(id: str, requests: int, kind: str, mean: int, **shape: int) -> Case:
+def _decode(id: str, requests: int, kind: str, mean: int, **shape: Any) -> Case:
     return Case(id, "decode", (1,) * requests, lengths(kind, requests, mean), **shape)
 
 
-def _prefill(id: str, requests: int, kind: str, mean: int, **shape: int) -> Case:
+def _prefill(id: str, requests: int, kind: str, mean: int, **shape: Any) -> Case:
     n = lengths(kind, requests, mean)
     return Case(id, "prefill", n, n, **shape)
 
@@ -101,12 +104,15 @@ CASES = (
     _decode("decode-1x8192", 1, "constant", 8192),
     _decode("decode-64x4096-page1", 64, "constant", 4096, page_size=1),
     _decode("decode-64-zipf-page1", 64, "zipf", 4096, page_size=1),
+    _decode("decode-1x8192-page1-in-order", 1, "constant", 8192, page_size=1, in_order=True),
+    _decode("decode-64x4096-page1-in-order", 64, "constant", 4096, page_size=1, in_order=True),
     _decode("decode-64x4096-d64", 64, "constant", 4096, head_dim=64),
     _prefill("prefill-16x1024", 16, "constant", 1024),
     _prefill("prefill-16-zipf", 16, "zipf", 1024),
     _prefill("prefill-4x8192", 4, "constant", 8192),
     _prefill("prefill-1x32768", 1, "constant", 32768),
     _prefill("prefill-4x8192-page1", 4, "constant", 8192, page_size=1),
+    _prefill("prefill-4x8192-page1-in-order", 4, "constant", 8192, page_size=1, in_order=True),
     _prefix(16, 8192, 256),
     _prefix(64, 8192, 256),
     _prefix(64, 32768, 512),

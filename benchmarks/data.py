@@ -1,4 +1,4 @@
-"""A case as tensors: queries, a paged cache with its pages in random order, and what the outputs must be."""
+"""A case as tensors: queries, a paged cache with its pages in any order, and what the outputs must be."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def make(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) 
     pages = (kv_len + case.page_size - 1) // case.page_size
     shared = case.prefix // case.page_size
     count = shared + int((pages - shared).sum())
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    order = torch.arange(count, dtype=torch.int32)
+    if not case.in_order:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(torch.int32)
     table = torch.zeros(len(pages), int(pages.max()), dtype=torch.int32)
     table[:, :shared] = order[:shared]
     table[:, shared:][torch.arange(table.shape[1] - shared) < (pages - shared)[:, None]] = order[shared:]

@@ -30,6 +30,7 @@ class Case:
     head_dim: int = 64
     head_dim_vo: int | None = None  # None: head_dim
     page_size: int = 16
+    run: int = 1  # so many pages lie one behind the other
     layout: str = "NHD"
     table: str = "block"
     dtype: str = "bf16"
@@ -45,9 +46,8 @@ class Case:
         dims = f"{self.head_dim}x{self.head_dim_vo or self.head_dim}"
         lens = f"{len(self.q_lens)}r{sum(self.q_lens)}q{sum(self.kv_lens)}k"
         heads = f"{self.q_heads}h{self.kv_heads}"
-        return (
-            f"{lens}-{heads}-{dims}-{self.dtype}-p{self.page_size}-{self.layout}-{self.table}-{self.variant}"
-        )
+        pages = f"p{self.page_size}" + (f"x{self.run}" if self.run > 1 else "")
+        return f"{lens}-{heads}-{dims}-{self.dtype}-{pages}-{self.layout}-{self.table}-{self.variant}"
 
 
 @dataclass
@@ -149,11 +149,13 @@ def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
         return torch.randn(*shape, generator=rng).to(device, dtype)
 
     need = [-(-n // case.page_size) for n in case.kv_lens]
-    order = iter((torch.randperm(sum(need), generator=rng) + 1).tolist())
+    runs = torch.randperm(-(-sum(need) // case.run), generator=rng)
+    pages = (runs[:, None] * case.run + torch.arange(case.run)).flatten()
+    order = iter((pages[pages < sum(need)] + 1).tolist())
     owned = [[next(order) for _ in range(n)] for n in need]
     kv = _empty_cache(case, sum(need) + 2, dtype, device)
-    for pages, kv_len in zip(owned, case.kv_lens, strict=True):
-        for index, page in enumerate(pages):
+    for row, kv_len in zip(owned, case.kv_lens, strict=True):
+        for index, page in enumerate(row):
             n = min(case.page_size, kv_len - index * case.page_size)
             kv.k[page, :n] = normal(n, case.kv_heads, kv.head_dim_qk)
             kv.v[page, :n] = normal(n, case.kv_heads, kv.head_dim_vo)

@@ -29,6 +29,19 @@ PAGES = (
     (64, "padded", "token64"),
     (256, "HND", "csr64"),
 )
+# pages one behind the other, also across requests and into the middle of a KV tile; many tiles have a break
+RUNS = [
+    replace(LONG, head_dim=d, head_dim_vo=vo, page_size=p, run=run, layout=layout, table=table)
+    for d, vo, p, run, layout, table in (
+        (64, 64, 1, 200, "NHD", "token"),
+        (128, 128, 1, 300, "padded", "token64"),
+        (128, 128, 4, 50, "NHD", "token"),
+        (192, 128, 1, 10_000, "HND", "csr"),
+        (256, 256, 12, 9, "NHD", "block"),
+        (64, 64, 1, 200, "packed", "block"),
+        (64, 64, 3, 70, "NHD", "token"),
+    )
+]
 VARIANTS = (
     "FULL",
     "CAUSAL",
@@ -49,6 +62,7 @@ SHAPES = [
     *(replace(MIXED, q_heads=g * n, kv_heads=n, seed=g) for g in GROUPS for n in (1 if g == 128 else 2,)),
     *(replace(MIXED, page_size=p, layout=layout, table=table) for p, layout, table in PAGES),
     *(replace(LONG, page_size=p, layout=layout, table=table) for p, layout, table in PAGES),
+    *RUNS,
     replace(LONG, dtype="f16"),
     replace(LONG, dtype="f16", head_dim=128, q_heads=32, kv_heads=8),
     replace(MIXED, q_lens=(), kv_lens=()),

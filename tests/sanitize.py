@@ -31,6 +31,7 @@ SMALL = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), q_heads=4, kv_heads=2)
 CASES = [
     SMALL,
     replace(SMALL, head_dim=128, page_size=3, table="token", dtype="f16"),
+    replace(SMALL, page_size=1, run=150, table="token"),
     replace(SMALL, head_dim=80, layout="packed", variant=EVERYTHING),
     replace(SMALL, q_lens=(7,) * 3, kv_lens=(7, 200, 66), head_dim=128, q_heads=8, variant="CAUSAL+TREE"),
     replace(SMALL, head_dim=256, layout="HND", table="csr"),

@@ -75,6 +75,39 @@ cudaError_t make_map(CUtensorMap* map, void* base, int head_dim, Axis y, Axis z,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+struct Tokens {
+  void* base;
+  int head_dim;
+  int64_t page, token, head;
+};
+
+// Whether tokens lie at equal distances all through K, or V, so that a box can hold tokens of many pages.
+bool is_flat(const KVCache& kv, const Tokens& t) {
+  return kv.page_size == 1 || t.page == kv.page_size * t.token;
+}
+
+cudaError_t map_cache(Params& params) {
+  const AttentionParams& p = params.attention;
+  const KVCache& kv = p.kv;
+  Tokens k{kv.k, kDimQk, kv.k_page, kv.k_token, kv.k_head}, v{kv.v, kDimVo, kv.v_page, kv.v_token, kv.v_head};
+  if (params.box_tokens > 0) {
+    auto pages = [&](CUtensorMap* map, const Tokens& t) {
+      return make_map(map, t.base, t.head_dim, {kv.page_size, t.token, params.box_tokens},
+                      {p.kv_heads, t.head, 1}, {kv.num_pages, t.page, 1});
+    };
+    cudaError_t error = pages(&params.k, k);
+    return error == cudaSuccess ? pages(&params.v, v) : error;
+  }
+  int64_t tokens = int64_t(kv.num_pages) * kv.page_size;
+  if (tokens == 0 || tokens > INT32_MAX || !is_flat(kv, k) || !is_flat(kv, v)) return cudaSuccess;
+  auto flat = [&](CUtensorMap* map, const Tokens& t) {
+    return make_map(map, t.base, t.head_dim, {tokens, kv.page_size == 1 ? t.page : t.token, kRunTokens},
+                    {p.kv_heads, t.head, 1}, {1, 0, 1}) == cudaSuccess;
+  };
+  params.runs = flat(&params.k, k) && flat(&params.v, v);  // strides it does not take: all is gathered
+  return cudaSuccess;
+}
+
 }  // namespace fi::sm90
 
 extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_handle) {
@@ -84,26 +117,17 @@ extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_h
   params.attention = *attention;
   params.page_shift = page_shift_of(attention->kv.page_size);
   params.box_tokens = box_tokens_for(attention->kv, params.page_shift);
-  if (params.box_tokens > 0) {
-    const fi::KVCache& kv = attention->kv;
-    auto make = [&](CUtensorMap* map, void* base, int dim, int64_t page, int64_t token, int64_t head) {
-      return make_map(map, base, dim, {kv.page_size, token, params.box_tokens},
-                      {attention->kv_heads, head, 1}, {kv.num_pages, page, 1});
-    };
-    cudaError_t error = make(&params.k, kv.k, kDimQk, kv.k_page, kv.k_token, kv.k_head);
-    if (error == cudaSuccess) error = make(&params.v, kv.v, kDimVo, kv.v_page, kv.v_token, kv.v_head);
-    if (error != cudaSuccess) return error;
-  }
+  cudaError_t error = map_cache(params);
+  if (error != cudaSuccess) return error;
   if (kTileQ % attention->group == 0) {
     int heads = attention->kv_heads * attention->group;
-    cudaError_t error = make_map(
-        &params.q, const_cast<void*>(attention->q), kDimQk, {heads, attention->q_head, attention->group},
-        {attention->tokens, attention->q_token, kTileQ / attention->group}, {1, 0, 1});
+    error = make_map(&params.q, const_cast<void*>(attention->q), kDimQk,
+                     {heads, attention->q_head, attention->group},
+                     {attention->tokens, attention->q_token, kTileQ / attention->group}, {1, 0, 1});
     params.q_boxes = error == cudaSuccess;  // strides it does not take: copied row by row
   }
   // Per call, not once: the attribute belongs to the current device.
-  cudaError_t error =
-      cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
+  error = cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
   if (error != cudaSuccess) return error;
   attention_kernel<<<attention->workers, kThreads, kSmemBytes, stream>>>(params);
   error = cudaGetLastError();

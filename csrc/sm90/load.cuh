@@ -115,18 +115,19 @@ struct PageWindow {
 
 // Where a KV tile comes from, as one lane sees it. boxes: the lane's box of K and of V. Otherwise two of its
 // warp's tokens, with entries of the page table for pages: they arrive while other tiles are loaded. whole:
-// every token of the tile is a key of it.
+// every token of the tile is a key of it. run: the warp's tokens lie one behind the other in the cache.
 struct Source {
-  bool boxes, whole;
+  bool boxes, whole, run;
   TokenPlace at[2];
 };
 
 // K0 K1 V0 K2 V1 ... as the consumers want them.
 struct KvProducer {
   static constexpr int kWarps = kKvThreads / 32;
-  // A warp gathers kRows tokens at a time, a lane 16 bytes of one: tokens kRows * (kWarps * pass + warp) + i.
-  // Their places in eight lines repeat after few passes, so that addresses are constants.
+  // A warp gathers kRows tokens at a time, a lane 16 bytes of one. Their places in eight lines repeat after
+  // few passes, so that addresses are constants.
   static constexpr int kRows = kLinesQk < 4 ? 4 / kLinesQk : 1;
+  static constexpr int kTokens = kRunTokens;  // of a tile, a warp's
 
   const Params& params;
   const AttentionParams& p;
@@ -155,6 +156,7 @@ struct KvProducer {
     Source next = find_tile(task, window, 0, by_tma.has(0)), before;
     for (int t = 0; t < task.tiles; ++t) {
       Source source = next;
+      source.run = is_run(source);
       if (t + 1 < task.tiles) next = find_tile(task, window, t + 1, by_tma.has(t + 1));
       load_k(task, source);
       if (t > 0) load_v(task, before);
@@ -169,6 +171,8 @@ struct KvProducer {
     ++k_tiles;
     if (source.boxes) {
       copy_boxes<kLinesQk>(slot, full, &params.k, task.kv_head, source.at[0]);
+    } else if (source.run) {
+      copy_run<kLinesQk>(slot, full, &params.k, task.kv_head, source.at[0]);
     } else {
       gather<kLinesQk>(slot, full, source, task.k, p.kv.k_page, p.kv.k_token);
     }
@@ -180,6 +184,8 @@ struct KvProducer {
     ++v_tiles;
     if (source.boxes) {
       copy_boxes<kLinesVo>(slot, full, &params.v, task.kv_head, source.at[1]);
+    } else if (source.run) {
+      copy_run<kLinesVo>(slot, full, &params.v, task.kv_head, source.at[0]);
     } else {
       gather<kLinesVo>(slot, full, source, task.v, p.kv.v_page, p.kv.v_token);
     }
@@ -189,11 +195,11 @@ struct KvProducer {
     int token = task.first_token + t * kTileKv;
     if (boxes) {
       TokenPlace k = find_box<kLinesQk>(window, token);
-      if constexpr (kLinesQk == kLinesVo) return {true, true, {k, k}};
-      return {true, true, {k, find_box<kLinesVo>(window, token)}};
+      if constexpr (kLinesQk == kLinesVo) return {true, true, false, {k, k}};
+      return {true, true, false, {k, find_box<kLinesVo>(window, token)}};
     }
     bool whole = token >= task.key_begin && token + kTileKv <= task.key_end;
-    return {false, whole, {find_token(task, token, lane), find_token(task, token, lane + 32)}};
+    return {false, whole, false, {find_token(task, token, lane), find_token(task, token, lane + 32)}};
   }
 
   // Boxes are dealt out to the warps: a warp issues one at a time.
@@ -219,26 +225,49 @@ struct KvProducer {
     copy_box(slot + (line * kTileKv + first) * kLineBytes, map, full, line * kLine, at.offset, head, at.page);
   }
 
-  __device__ __forceinline__ int token_of(int n) const {
-    return kRows * (n / kRows * kWarps + warp) + n % kRows;
-  }
-
-  // n: of the warp's tokens, in its order. An entry of the page table in place of the page.
+  // n: of the warp's tokens, in their order. An entry of the page table in place of the page.
   __device__ __forceinline__ TokenPlace find_token(const Task& task, int tile_token, int n) const {
-    int token = tile_token + token_of(n);
-    if (token_of(n) >= kTileKv || token < task.key_begin || token >= task.key_end) return {-1, 0};
+    int token = tile_token + warp * kTokens + n;
+    if (n >= kTokens || token < task.key_begin || token >= task.key_end) return {-1, 0};
     int page = params.page_shift < 0 ? token / p.kv.page_size : token >> params.page_shift;
     return {task.entries[int64_t(page) * p.batch.entry_step], token - page * p.kv.page_size};
+  }
+
+  __device__ __forceinline__ int page_of(TokenPlace at) const {
+    if (!p.batch.entries_are_slots) return at.page;
+    return params.page_shift < 0 ? at.page / p.kv.page_size : at.page >> params.page_shift;
   }
 
   // Bytes from the base; negative: not a key.
   __device__ __forceinline__ int64_t offset_of(TokenPlace at, int64_t page_stride,
                                                int64_t token_stride) const {
-    if (at.page < 0) return -1;
-    int page = at.page;
-    if (p.batch.entries_are_slots)
-      page = params.page_shift < 0 ? page / p.kv.page_size : page >> params.page_shift;
-    return (page * page_stride + at.offset * token_stride) * 2;
+    return at.page < 0 ? -1 : (page_of(at) * page_stride + at.offset * token_stride) * 2;
+  }
+
+  // Number of the token in a cache whose pages lie one behind the other.
+  __device__ __forceinline__ int slot_of(TokenPlace at) const {
+    return page_of(at) * p.kv.page_size + at.offset;
+  }
+
+  __device__ __forceinline__ bool is_run(const Source& source) const {
+    if (!params.runs || source.boxes || !source.whole) return false;
+    int before = slot_of(source.at[0]) - lane;  // the first token's slot, if it is one
+    bool in_order = kTokens <= 32 || slot_of(source.at[1]) - lane == before + 32;
+    return __all_sync(~0u, in_order && before == __shfl_sync(~0u, before, 0));
+  }
+
+  // at: lane 0's is the first token.
+  template <int kLines>
+  __device__ __forceinline__ void copy_run(uint32_t slot, uint32_t full, const CUtensorMap* map, int head,
+                                           TokenPlace at) const {
+    int first = __shfl_sync(~0u, slot_of(at), 0);
+    if (lane == 0) {
+      barrier_expect(full, kTokens * kLines * kLineBytes);
+      barrier_arrive(full, 32);
+    }
+    __syncwarp();
+    if (lane >= kLines) return;
+    copy_box(slot + (lane * kTileKv + warp * kTokens) * kLineBytes, map, full, lane * kLine, first, head, 0);
   }
 
   // Tokens that are not keys of the tile become zero, unread. base already points at the KV head.
@@ -246,9 +275,8 @@ struct KvProducer {
   __device__ __forceinline__ void gather(uint32_t slot, uint32_t full, const Source& source,
                                          const Element* base, int64_t page_stride,
                                          int64_t token_stride) const {
-    constexpr int kChunks = kLines * 8, kPasses = kTileKv / (kRows * kWarps);
-    static_assert(kTileKv % (kRows * kWarps) == 0 && kRows * kChunks <= 32 && kRows * kPasses <= 64,
-                  "two tokens a lane");
+    constexpr int kChunks = kLines * 8, kPasses = kTokens / kRows;
+    static_assert(kTokens % kRows == 0 && kRows * kChunks <= 32 && kTokens <= 64, "two tokens a lane");
     constexpr int kHalf = 32 / kRows < kPasses ? 32 / kRows : kPasses;  // over the first token of every lane
     const char* from = reinterpret_cast<const char*>(base + lane % kChunks * 8);
 #pragma unroll
@@ -267,16 +295,15 @@ struct KvProducer {
   template <int kChunks, bool kWhole>
   __device__ __forceinline__ void gather_passes(uint32_t slot, const char* from, int64_t held, int begin,
                                                 int end) const {
-    constexpr int kTokens = kRows * kWarps;                 // of a pass
-    constexpr int kPeriod = kTokens < 8 ? 8 / kTokens : 1;  // passes until the lines repeat
     constexpr int kBatch = 8;  // passes looked up together, to wait for shuffles once
-    static_assert(kBatch % kPeriod == 0);
+    // A line's place in eight repeats after 8 / kRows passes; between the halves of these one bit differs.
+    constexpr int kKept = 4 / kRows;
     int in_pass = lane / kChunks;
     bool idle = kRows * kChunks < 32 && in_pass >= kRows;
-    uint32_t dst[kPeriod];
+    uint32_t dst[kKept];
 #pragma unroll
-    for (int i = 0; i < kPeriod; ++i)
-      dst[i] = slot + chunk_offset<kTileKv>(kRows * warp + in_pass + (begin + i) * kTokens, lane % kChunks);
+    for (int i = 0; i < kKept; ++i)
+      dst[i] = slot + chunk_offset<kTileKv>(warp * kTokens + in_pass + (begin + i) * kRows, lane % kChunks);
 #pragma unroll 1
     for (int pass = begin; pass < end; pass += kBatch) {
       int64_t offsets[kBatch];
@@ -286,11 +313,11 @@ struct KvProducer {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         bool key = kWhole || offsets[i] >= 0;
-        copy_async_16(dst[i % kPeriod] + i / kPeriod * (kPeriod * kTokens * kLineBytes),
-                      from + (key ? offsets[i] : 0), key);
+        uint32_t to = dst[i % kKept] ^ i / kKept % 2 << 6;
+        copy_async_16(to + i / kKept * (kKept * kRows * kLineBytes), from + (key ? offsets[i] : 0), key);
       }
 #pragma unroll
-      for (int i = 0; i < kPeriod; ++i) dst[i] += kBatch * kTokens * kLineBytes;
+      for (int i = 0; i < kKept; ++i) dst[i] += kBatch * kRows * kLineBytes;
     }
   }
 };

@@ -11,8 +11,9 @@ constexpr int kGroupThreads = 128;
 constexpr int kConsumers = 2;
 constexpr int kThreads = kGroupThreads * (1 + kConsumers);
 constexpr int kConsumerWarps = 4 * kConsumers;
-constexpr int kKvThreads = 64;  // of the producer's; its last warp loads queries
-constexpr int kGroupRows = 64;  // of a wgmma
+constexpr int kKvThreads = 64;                           // of the producer's; its last warp loads queries
+constexpr int kRunTokens = kTileKv / (kKvThreads / 32);  // of a tile, those that a warp loads
+constexpr int kGroupRows = 64;                           // of a wgmma
 static_assert(kTileQ == kConsumers * kGroupRows && kTiles.q_narrow == kGroupRows, "rows of a warpgroup");
 
 // setmaxnreg: 128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536
