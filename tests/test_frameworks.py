@@ -330,14 +330,15 @@ def test_cupy_streams() -> None:
     q = cupy.from_dlpack(inputs.q.contiguous())
     late, again = (cupy.full(q.shape, float("nan"), q.dtype) for _ in range(2))
     spin = cupy.RawKernel(SPIN, "spin")
-    spin((1,), (1,), (cupy.int64(1),))  # compiled
+    spin((1,), (1,), (cupy.int64(1),))  # both loaded: that would wait for a kernel that runs
+    torch.cuda._sleep(1)
     late[...] = late
     torch.cuda.synchronize()
     with cupy.cuda.Stream(non_blocking=True) as side:
-        spin((1,), (1,), (cupy.int64(1_600_000_000),))  # most of a second: hosts can be slow
+        spin((1,), (1,), (cupy.int64(800_000_000),))  # near half a second
         late[...] = q
         out = run(plan, late, kv, **settings)
-        torch.cuda._sleep(1_600_000_000)
+        torch.cuda._sleep(800_000_000)
         assert run(plan, late, kv, again, **settings) is again
         assert len(arrays._queued) == 2, "what CuPy may give away was not kept"
         copies = out.copy(), again.copy()
