@@ -115,18 +115,30 @@ struct RowState {
     return Variant::kHasLogits ? 1.f : p.scale * kLog2e;
   }
 
-  // Maximum of this thread's scores of a row and of those so far. In independent chains: one would take
-  // longer than the products beside it.
-  static constexpr int kChains = 4;
+  // Maximum of this thread's scores of a row and of those so far, as integers: there is an instruction for
+  // the largest of three. Floats are ordered like their bits unless all are negative; those are ordered the
+  // other way round.
   template <int kTokens>
   __device__ __forceinline__ float row_max(const Scores<kTokens>& s, int r) const {
-    float m[kChains];
+    auto largest = [](int x, int y, int z) { return __vimax3_s32(x, y, z); };
+    auto nearest_zero = [](int x, int y, int z) { return int(__vimin3_u32(x, y, z)); };
+    int m = most<kTokens>(s, r, largest);
+    if (m < 0) m = most<kTokens>(s, r, nearest_zero);
+    return __int_as_float(m);
+  }
+
+  // In independent chains: one would take longer than the products beside it.
+  static constexpr int kChains = 4;
+  template <int kTokens, class Pick>
+  __device__ __forceinline__ int most(const Scores<kTokens>& s, int r, Pick pick) const {
+    int m[kChains], so_far = __float_as_int(max[r]);
 #pragma unroll
-    for (int i = 0; i < kTokens / 4; ++i) {
-      float x = s[4 * (i / 2) + 2 * r + i % 2];
-      m[i % kChains] = i < kChains ? x : fmaxf(m[i % kChains], x);
+    for (int n = 0; n < kTokens / 8; ++n) {
+      int x = __float_as_int(s[4 * n + 2 * r]), y = __float_as_int(s[4 * n + 2 * r + 1]);
+      m[n % kChains] = pick(x, y, n < kChains ? so_far : m[n % kChains]);
     }
-    return fmaxf(fmaxf(fmaxf(m[0], m[1]), fmaxf(m[2], m[3])), max[r]);
+    static_assert(kTokens / 8 >= kChains);
+    return pick(pick(m[0], m[1], m[2]), m[3], so_far);
   }
 
   template <int kTokens>
