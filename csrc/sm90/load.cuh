@@ -174,7 +174,7 @@ struct KvProducer {
     } else if (source.run) {
       copy_run<kLinesQk>(slot, full, &params.k, task.kv_head, source.at[0]);
     } else {
-      gather<kLinesQk>(slot, full, source, task.k, p.kv.k_page, p.kv.k_token);
+      gather<kDimQk>(slot, full, source, task.k, p.kv.k_page, p.kv.k_token);
     }
   }
 
@@ -187,7 +187,7 @@ struct KvProducer {
     } else if (source.run) {
       copy_run<kLinesVo>(slot, full, &params.v, task.kv_head, source.at[0]);
     } else {
-      gather<kLinesVo>(slot, full, source, task.v, p.kv.v_page, p.kv.v_token);
+      gather<kDimVo>(slot, full, source, task.v, p.kv.v_page, p.kv.v_token);
     }
   }
 
@@ -271,11 +271,11 @@ struct KvProducer {
   }
 
   // Tokens that are not keys of the tile become zero, unread. base already points at the KV head.
-  template <int kLines>
+  template <int kDim>
   __device__ __forceinline__ void gather(uint32_t slot, uint32_t full, const Source& source,
                                          const Element* base, int64_t page_stride,
                                          int64_t token_stride) const {
-    constexpr int kChunks = kLines * 8, kPasses = kTokens / kRows;
+    constexpr int kChunks = (kDim + kLine - 1) / kLine * 8, kPasses = kTokens / kRows;
     static_assert(kTokens % kRows == 0 && kRows * kChunks <= 32 && kTokens <= 64, "two tokens a lane");
     constexpr int kHalf = 32 / kRows < kPasses ? 32 / kRows : kPasses;  // over the first token of every lane
     const char* from = reinterpret_cast<const char*>(base + lane % kChunks * 8);
@@ -284,22 +284,22 @@ struct KvProducer {
       int64_t offset = offset_of(source.at[half], page_stride, token_stride);
       constexpr int kEnds[] = {0, kHalf, kPasses};
       if (source.whole) {
-        gather_passes<kChunks, true>(slot, from, offset, kEnds[half], kEnds[half + 1]);
+        gather_passes<kChunks, kDim, true>(slot, from, offset, kEnds[half], kEnds[half + 1]);
       } else {
-        gather_passes<kChunks, false>(slot, from, offset, kEnds[half], kEnds[half + 1]);
+        gather_passes<kChunks, kDim, false>(slot, from, offset, kEnds[half], kEnds[half + 1]);
       }
     }
     barrier_arrive_copies(full);
   }
 
-  template <int kChunks, bool kWhole>
+  template <int kChunks, int kDim, bool kWhole>
   __device__ __forceinline__ void gather_passes(uint32_t slot, const char* from, int64_t held, int begin,
                                                 int end) const {
     constexpr int kBatch = 8;  // passes looked up together, to wait for shuffles once
     // A line's place in eight repeats after 8 / kRows passes; between the halves of these one bit differs.
     constexpr int kKept = 4 / kRows;
     int in_pass = lane / kChunks;
-    bool idle = kRows * kChunks < 32 && in_pass >= kRows;
+    bool idle = (kRows * kChunks < 32 && in_pass >= kRows) || (kDim % kLine && lane % kChunks >= kDim / 8);
     uint32_t dst[kKept];
 #pragma unroll
     for (int i = 0; i < kKept; ++i)

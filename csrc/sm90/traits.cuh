@@ -19,11 +19,11 @@ static_assert(kTileQ == kConsumers * kGroupRows && kTiles.q_narrow == kGroupRows
 // setmaxnreg: 128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536
 constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
 
-// A tile in shared memory: blocks of 64 columns; in a block each row is one swizzled line of 128 bytes. That
-// is what TMA writes and wgmma reads with 128-byte swizzle.
+// A tile in shared memory: blocks of 64 columns, the last perhaps not full; in a block each row is one
+// swizzled line of 128 bytes. That is what TMA writes and wgmma reads with 128-byte swizzle.
 constexpr int kLineBytes = 128, kLine = 64;  // elements
-constexpr int kLinesQk = kDimQk / kLine, kLinesVo = kDimVo / kLine;
-static_assert(kDimQk % kLine == 0 && kDimVo % kLine == 0 && kDimVo <= kDimQk, "the rule in fi_backend/jit");
+constexpr int kLinesQk = (kDimQk + kLine - 1) / kLine, kLinesVo = (kDimVo + kLine - 1) / kLine;
+static_assert(kDimVo <= kDimQk, "the rule in fi_backend/jit");
 
 template <int kRows>
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {  // chunks of 16 bytes

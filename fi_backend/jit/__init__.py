@@ -102,6 +102,9 @@ class Spec:
         )
 
 
+_SM90_DIMS_VO = (64, 80, 96, 112, 128, 192, 256)  # widths of products in csrc/sm90/wgmma.cuh
+
+
 def choose_room(
     arch: int, head_dim_qk: int, head_dim_vo: int, batch_invariant: bool
 ) -> tuple[int, list[str]]:
@@ -110,8 +113,7 @@ def choose_room(
         return CPU, ["the CPU has one executor"]
     conditions = (
         (arch == 90, f"arch is {arch_name(arch)}, not sm90"),
-        (head_dim_qk % 64 == 0, f"head_dim {head_dim_qk} is not a multiple of 64"),
-        (head_dim_vo % 64 == 0, f"head_dim_vo {head_dim_vo} is not a multiple of 64"),
+        (head_dim_vo in _SM90_DIMS_VO, f"head_dim_vo {head_dim_vo} is not among {_SM90_DIMS_VO}"),
         (head_dim_vo <= head_dim_qk, f"head_dim_vo {head_dim_vo} exceeds head_dim {head_dim_qk}"),
         (not batch_invariant, "batch invariant builds are sm80's"),
     )
