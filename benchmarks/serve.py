@@ -38,6 +38,7 @@ CONFIG: dict[str, Any] = {  # Llama-3.1-8B
 }
 CASES: dict[str, Requests] = {
     "128 x 1024 in, 256 out": [(1024, 256)] * 128,
+    "1 x 8192 in, 1 out": [(8192, 1)],
     "1 x 8192 in, 256 out": [(8192, 256)],
     "256 x ShareGPT-like": sharegpt(256),
     "16 x 16384 in, 128 out": [(16384, 128)] * 16,

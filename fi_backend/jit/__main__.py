@@ -192,12 +192,13 @@ def _loads(room: int, page_size: int | None) -> str:
         return "read in place"
     if room != 90:
         return "cp.async"
-    # box_tokens_for and BoxTiles in csrc/sm90
+    # map_cache, BoxTiles and is_run in csrc/sm90
     tma = "TMA; cp.async for tiles with tokens that are no keys or before all windows"
+    runs = "TMA where half a tile's tokens lie one behind the other in the cache; cp.async for others"
     if page_size is None:
-        return f"page sizes that are powers of two from 8 up: {tma}\n{' ' * 11}other page sizes: cp.async"
+        return f"page sizes that are powers of two from 8 up: {tma}\n{' ' * 11}other page sizes: {runs}"
     boxes = page_size >= 8 and page_size & (page_size - 1) == 0
-    return tma if boxes else f"cp.async: page size {page_size} is not a power of two from 8 up"
+    return tma if boxes else f"{runs}; page size {page_size} is not a power of two from 8 up"
 
 
 def _place(spec: jit.Spec) -> str:
