@@ -155,10 +155,10 @@ def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
     owned = [[next(order) for _ in range(n)] for n in need]
     kv = _empty_cache(case, sum(need) + 2, dtype, device)
     for row, kv_len in zip(owned, case.kv_lens, strict=True):
-        for index, page in enumerate(row):
-            n = min(case.page_size, kv_len - index * case.page_size)
-            kv.k[page, :n] = normal(n, case.kv_heads, kv.head_dim_qk)
-            kv.v[page, :n] = normal(n, case.kv_heads, kv.head_dim_vo)
+        token = torch.arange(kv_len)
+        at = torch.tensor(row, dtype=torch.int64)[token // case.page_size], token % case.page_size
+        kv.k[at] = normal(kv_len, case.kv_heads, kv.head_dim_qk)
+        kv.v[at] = normal(kv_len, case.kv_heads, kv.head_dim_vo)
 
     lens = torch.tensor(case.kv_lens, dtype=torch.int32, device=device)
     qo_indptr = torch.tensor([0, *itertools.accumulate(case.q_lens)], dtype=torch.int32, device=device)

@@ -252,8 +252,8 @@ struct KvProducer {
   __device__ __forceinline__ bool is_run(const Source& source) const {
     if (!params.runs || source.boxes || !source.whole) return false;
     int before = slot_of(source.at[0]) - lane;  // the first token's slot, if it is one
-    bool in_order = kTokens <= 32 || slot_of(source.at[1]) - lane == before + 32;
-    return __all_sync(~0u, in_order && before == __shfl_sync(~0u, before, 0));
+    int first = __shfl_sync(~0u, before, 0);    // not behind &&: some lanes would wait for ever
+    return __all_sync(~0u, before == first && (kTokens <= 32 || slot_of(source.at[1]) - lane == first + 32));
   }
 
   // at: lane 0's is the first token.
