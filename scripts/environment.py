@@ -37,7 +37,10 @@ Ticker = _load(ROOT / "fi_backend" / "progress.py").Ticker
 
 # Threads that wait by spinning starve each other when a machine is shared: measured 2 tokens a second against
 # 20 with other processes on two cores. Read when the OpenMP runtime is loaded, so it comes from outside.
+# Bytecode: pip would compile every module of an engine. Those that are imported are compiled then, and kept
+# even where the shell forbids it: every start of an engine would compile them again.
 RUN_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+RUN_ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 class SetupError(Exception):
@@ -155,7 +158,7 @@ def _declare(env: Environment, it: Distribution) -> None:
 
 
 def _pip(env: Environment, title: str, arguments: Sequence[str]) -> None:
-    command = [str(env.python), "-m", "pip", "install", "--progress-bar", "off", *arguments]
+    command = [str(env.python), "-m", "pip", "install", "--no-compile", "--progress-bar", "off", *arguments]
     log = env.folder / "pip.log"
     with log.open("a") as out, Ticker(title) as ticker:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
