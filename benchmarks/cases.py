@@ -123,12 +123,16 @@ CASES = (
     Case("chunk-512-over-32768", "mixed", (512,), (32768,)),
     Case("mixed-128dec-2chunk", "mixed", (1,) * 128 + (1024,) * 2, (4096,) * 130),
 )
-SUITES = ("decode", "prefill", "mixed", "prefix", "shapes", "plan")
+SUITES = ("decode", "prefill", "mixed", "prefix", "shapes", "layers", "plan")
 
 
 def of_suite(suite: str) -> list[Case]:
-    """The plan suite plans the constant decode batches of three sizes; it runs no attention."""
+    """The plan suite plans the constant decode batches of three sizes; it runs no attention. The layers suite
+    runs decodes as layers of a model."""
     if suite == "plan":
-        ids = ("decode-16x1024", "decode-64x4096", "decode-256x2048")
-        return [replace(c, id=f"plan-{len(c.q_lens)}", suite="plan") for c in CASES if c.id in ids]
+        planned = ("decode-16x1024", "decode-64x4096", "decode-256x2048")
+        return [replace(c, id=f"plan-{len(c.q_lens)}", suite="plan") for c in CASES if c.id in planned]
+    if suite == "layers":
+        layers = ("decode-1x8192", "decode-1x8192-page1-in-order", "decode-16x1024", "decode-64x4096")
+        return [replace(c, id=c.id.replace("decode", suite), suite=suite) for c in CASES if c.id in layers]
     return [c for c in CASES if c.suite == suite]

@@ -18,7 +18,7 @@ from .cases import SUITES, Case, of_suite
 from .data import make, relative_error
 from .engine_process import say
 from .implementations import Unsupported, fi
-from .measure import Spread, device_us, host_us
+from .measure import Spread, device_us, host_us, layer_us
 from .meta import meta
 from .report import markdown
 
@@ -37,13 +37,20 @@ def measure(case: Case, name: str, device: torch.device) -> Row:
             row["gpu_us"] = round(device_us(prepared.plan, device).us, 2)
         return row
     error = relative_error(data, prepared.run())
+    if case.suite == "layers":
+        qkv = (case.q_heads + 2 * case.kv_heads) * case.head_dim
+        return row | rounded(layer_us(prepared.run, case.tokens, qkv, device)) | {"rel_err": shortened(error)}
     spread = device_us(prepared.run, device)
     return row | {
         **rounded(spread),
         "tb_s": round(case.bytes / spread.us / 1e6, 3),
         "tflop_s": round(case.flops / spread.us / 1e6, 1),
-        "rel_err": float(f"{error:.3g}"),
+        "rel_err": shortened(error),
     }
+
+
+def shortened(x: float) -> float:
+    return float(f"{x:.3g}")
 
 
 def rounded(spread: Spread) -> dict[str, float]:
