@@ -1,5 +1,6 @@
 #include "attention.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -7,6 +8,16 @@ namespace fi::core {
 namespace {
 
 constexpr DLDataType kFloat32{kDLFloat, 32, 1};
+
+// sm90 counts 16 bytes in 32 bits.
+void require_extent(const char* name, const TensorView& cache) {
+  int64_t last = 0;
+  for (int i = 0; i < 2; ++i) last += std::max<int64_t>(cache.size(i) - 1, 0) * cache.stride(i);
+  int64_t bytes = last * element_bytes(cache);
+  FI_REQUIRE(bytes < (int64_t(1) << 36) - 16, ValueError)
+      << "expected " << name << " with less than 64 GiB from its first token to its last, got " << bytes
+      << " bytes";
+}
 
 void check_cache(const BoundPlan& plan, const TensorView& q, const TensorView& k, const TensorView& v,
                  bool gpu) {
@@ -32,6 +43,10 @@ void check_cache(const BoundPlan& plan, const TensorView& q, const TensorView& k
   FI_REQUIRE(k.size(0) <= INT32_MAX, ValueError) << "expected at most 2147483647 pages, got " << k.size(0);
   require_rows("k", k, gpu);
   require_rows("v", v, gpu);
+  if (gpu) {
+    require_extent("k", k);
+    require_extent("v", v);
+  }
 }
 
 void check_rows(const BoundPlan& plan, const TensorView& q, const TensorView& out,

@@ -5,7 +5,7 @@
 // gives both the same rows and half the tokens of each KV tile; their states meet in shared memory at the
 // end. So every KV tile is awaited by both, in order: a barrier tells two rounds apart, not three.
 //
-// Within a warpgroup the scores of a tile are computed together with the output of the tile before.
+// Of a wide tile, a warpgroup computes the scores of a KV tile together with the output of the one before.
 #pragma once
 #include "load.cuh"
 #include "mma.cuh"
@@ -14,32 +14,29 @@
 namespace fi::sm90 {
 
 struct Consumer {
-  const Params& params;
   const AttentionParams& p;
   const Args& args;
   const Smem& smem;
   int group;           // 0, 1
   uint32_t tiles = 0;  // of all items so far, those with their output
 
-  __device__ Consumer(const Params& all, const Smem& s)
-      : params(all),
-        p(all.attention),
-        args(*reinterpret_cast<const Args*>(all.attention.variant_args)),
+  __device__ Consumer(const AttentionParams& params, const Smem& s)
+      : p(params),
+        args(*reinterpret_cast<const Args*>(params.variant_args)),
         smem(s),
         group(uniform(threadIdx.x / kGroupThreads - 1)) {}
 
   __device__ __forceinline__ void run() {
     if (group == 1) named_arrive(kTurnBarrier, 2 * kGroupThreads);  // the first turn is group 0's
-    Started<true> wide;
-    Started<false> narrow;
+    Started started;
     for (uint32_t n = 0;; ++n) {
       const Task& task = await_task(n);
       if (task.request < 0) break;
       if (task.end > task.begin) {
         if (task.wide) {
-          attend(n, task, wide);
+          attend_wide(n, task, started);
         } else {
-          attend(n, task, narrow);
+          attend_narrow(n, task);
         }
       }
       fence_async_proxy();  // Q's place was written and read in the meantime, and TMA is next
@@ -81,19 +78,17 @@ struct Consumer {
     __device__ __forceinline__ uint32_t of_kv(uint32_t slot) const { return slot + token * kLineBytes; }
   };
 
-  // The weights of an item's first tile, if they were computed together with the last output of the item
+  // The weights of a wide item's first tile, if they were computed together with the last output of the item
   // before.
-  template <bool kWide>
   struct Started {
     bool yes = false;
-    Probabilities<Part<kWide>::kTokens> probabilities;
+    Probabilities<kTileKv> probabilities;
     float max[2], sum[2];
   };
 
-  template <bool kWide>
-  __device__ __forceinline__ void attend(uint32_t n, const Task& task, Started<kWide>& started) {
-    constexpr int kTokens = Part<kWide>::kTokens;
-    const Part<kWide> part(group);
+  __device__ __forceinline__ void attend_wide(uint32_t n, const Task& task, Started& started) {
+    constexpr int kTokens = kTileKv;
+    const Part<true> part(group);
     const int first_row = part.row + threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
     const uint32_t q = smem.q(n % kQStages);
     auto& probabilities = started.probabilities;
@@ -106,7 +101,7 @@ struct Consumer {
     start_timer(n);
     RowState state(p, args, task, first_row);
     if (task.tiles > 0) {
-      const BoxTiles by_tma(params, task);
+      const BoxTiles by_tma = smem.box_tiles(n % kQStages);
       bool boxes = by_tma.has(0);
       int token = task.first_token + part.token;
       if (started.yes) {
@@ -125,7 +120,7 @@ struct Consumer {
       // Scores of the next K tile and output of the last V tile: returns when the scores are there.
       auto advance = [&](uint32_t q, bool k_boxes) {
         uint32_t slot = wait_for(smem.k, tiles + 1, k_boxes);
-        if constexpr (kWide) named_sync(kTurnBarrier + group, 2 * kGroupThreads);
+        named_sync(kTurnBarrier + group, 2 * kGroupThreads);
         products_fence();
         issue_scores<kTokens>(s, part.of_q(q), part.of_kv(slot));
         products_commit();
@@ -133,7 +128,7 @@ struct Consumer {
         products_fence();
         issue_outputs<kTokens>(o, probabilities, part.of_kv(slot));
         products_commit();
-        if constexpr (kWide) named_arrive(kTurnBarrier + 1 - group, 2 * kGroupThreads);
+        named_arrive(kTurnBarrier + 1 - group, 2 * kGroupThreads);
         products_wait<1>(s);
         release(smem.k, tiles + 1);
         boxes = k_boxes;
@@ -152,10 +147,10 @@ struct Consumer {
         RowState::pack<kTokens>(probabilities, s);
         ++tiles;
       }
-      started.yes = same_width_next<kWide>(n);
+      started.yes = wide_next(n);
       if (started.yes) {
         const Task& next = smem.task((n + 1) % kQStages);
-        advance(smem.q((n + 1) % kQStages), BoxTiles(params, next).has(0));
+        advance(smem.q((n + 1) % kQStages), smem.box_tiles((n + 1) % kQStages).has(0));
         RowState next_state(p, args, next, first_row);
         next_state.step<kTokens>(s, keep, next.first_token + part.token, output_done);
         next_state.give(started.max, started.sum);
@@ -171,34 +166,69 @@ struct Consumer {
     }
 
     state.finish();
-    if constexpr (kWide) {
-      if (task.slot >= 0) {
-        store_rows(state, o);
-      } else {
-        named_sync(kGroupBarrier + group, kGroupThreads);  // all its warps have read Q
-        store_whole_rows(state, o, q);
-      }
+    if (task.slot >= 0) {
+      store_rows(state, o);
     } else {
-      join_groups(state, o, q);
+      named_sync(kGroupBarrier + group, kGroupThreads);  // all its warps have read Q
+      store_whole_rows(state, o, q);
     }
-    if constexpr (kProfile) {
-      named_sync(kConsumersBarrier, kConsumers * kGroupThreads);
-      if (timed()) ItemTimer<kProfile>::stop(p, smem.control.item[n % kQStages]);
+    stop_timer(n);
+  }
+
+  // One tile after the other: a narrow item waits for memory, and its code comes from there too.
+  __device__ __forceinline__ void attend_narrow(uint32_t n, const Task& task) {
+    constexpr int kTokens = Part<false>::kTokens;
+    const Part<false> part(group);
+    const int first_row = threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
+    const uint32_t q = smem.q(n % kQStages);
+    Output o;
+    Scores<kTokens> s;
+    Probabilities<kTokens> probabilities;
+    float keep[2];
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) o[i] = 0.f;
+
+    start_timer(n);
+    RowState state(p, args, task, first_row);
+    const BoxTiles by_tma = smem.box_tiles(n % kQStages);
+    int token = task.first_token + part.token;
+    for (int tile = 0; tile < task.tiles; ++tile, token += kTileKv) {
+      const bool boxes = by_tma.has(tile);
+      uint32_t slot = wait_for(smem.k, tiles, boxes);
+      products_fence();
+      issue_scores<kTokens>(s, q, part.of_kv(slot));
+      products_commit();
+      products_wait<0>(s);
+      release(smem.k, tiles);
+      state.step<kTokens>(s, keep, token, [](float) {});
+      RowState::rescale(o, keep);
+      RowState::pack<kTokens>(probabilities, s);
+      slot = wait_for(smem.v, tiles, boxes);
+      products_fence();
+      issue_outputs<kTokens>(o, probabilities, part.of_kv(slot));
+      products_commit();
+      products_wait<0>(o);
+      release(smem.v, tiles);
+      ++tiles;
     }
+    state.finish();
+    join_groups(state, o, q);
+    stop_timer(n);
   }
 
   __device__ __forceinline__ static bool timed() { return kProfile && threadIdx.x == kGroupThreads; }
   __device__ __forceinline__ void start_timer(uint32_t n) const {
     if (timed()) ItemTimer<kProfile>::start(p, smem.control.item[n % kQStages]);
   }
+  __device__ __forceinline__ void stop_timer(uint32_t n) const {
+    if constexpr (kProfile) named_sync(kConsumersBarrier, kConsumers * kGroupThreads);
+    if (timed()) ItemTimer<kProfile>::stop(p, smem.control.item[n % kQStages]);
+  }
 
-  template <bool kWide>
-  __device__ __forceinline__ bool same_width_next(uint32_t n) const {
-    // One stage: the next item's queries want this one's place. Narrow: it would wait for the next item's
-    // keys.
-    if constexpr (kQStages == 1 || !kWide) return false;
+  __device__ __forceinline__ bool wide_next(uint32_t n) const {
+    if constexpr (kQStages == 1) return false;  // the next item's queries want this one's place
     const Task& next = await_task(n + 1);
-    return next.request >= 0 && next.end > next.begin && next.tiles > 0 && bool(next.wide) == kWide;
+    return next.request >= 0 && next.end > next.begin && next.tiles > 0 && next.wide;
   }
 
   __device__ __forceinline__ void join_groups(RowState& state, Output& o, uint32_t q) {
@@ -234,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     }
   } else {
     take_registers<kConsumerRegisters>();
-    Consumer(params, smem).run();
+    Consumer(params.attention, smem).run();
   }
 }
 

@@ -32,6 +32,7 @@ struct QueryProducer {
         if (item < end) {
           new (&task) Task(p, args, p.items[item]);
           if (task.end <= task.begin) task.tiles = 0;
+          new (&smem.box_tiles(stage)) BoxTiles(params, task);
           if constexpr (kProfile) smem.control.item[stage] = item;
         } else {
           task.request = -1;
@@ -93,15 +94,17 @@ struct PageWindow {
     next = read(base + 32);
   }
 
-  // All lanes of the warp ask, for pages that never go back.
+  // All lanes of the warp ask, for pages of one tile: fewer than 32, none before those of the last call's.
   __device__ __forceinline__ int page_of(int token) {
     int index = token >> params.page_shift;
-    while (__any_sync(~0u, index >= base + 32)) {  // all at once: a tile's pages lie in one window
+    while (__all_sync(~0u, index >= base + 32)) {
       base += 32;
       entry = next;
       next = read(base + 32);
     }
-    int found = __shfl_sync(~0u, entry, (index - base) & 31);
+    int near = __shfl_sync(~0u, entry, (index - base) & 31),
+        far = __shfl_sync(~0u, next, (index - base) & 31);
+    int found = index < base + 32 ? near : far;
     return params.attention.batch.entries_are_slots ? found >> params.page_shift : found;
   }
 
@@ -113,11 +116,17 @@ struct PageWindow {
   }
 };
 
-// Where a KV tile comes from, as one lane sees it. boxes: the lane's box of K and of V. Otherwise two of its
-// warp's tokens, with entries of the page table for pages: they arrive while other tiles are loaded. whole:
-// every token of the tile is a key of it. run: the warp's tokens lie one behind the other in the cache.
+enum class Way : int32_t {
+  kBoxes,  // of pages, dealt out to the lanes
+  kRun,    // a box for all of the warp's tokens, which lie one behind the other
+  kWhole,  // gathered, and every token of the tile is a key of it
+  kPart,   // gathered
+};
+
+// Where a KV tile comes from, as one lane sees it: its box of K and of V, or two of its warp's tokens, with
+// entries of the page table for pages: they arrive while other tiles are loaded.
 struct Source {
-  bool boxes, whole, run;
+  Way way;
   TokenPlace at[2];
 };
 
@@ -144,50 +153,45 @@ struct KvProducer {
       barrier_wait(smem.task_full(stage), n / kQStages & 1);
       const Task& task = smem.task(stage);
       if (task.request < 0) return;
-      if (task.tiles > 0) load_tiles(task);
+      if (task.tiles > 0) load_tiles(task, smem.box_tiles(stage));
       barrier_arrive(smem.q_empty(stage));
     }
   }
 
  private:
-  __device__ __forceinline__ void load_tiles(const Task& task) {
+  __device__ __forceinline__ void load_tiles(const Task& task, const BoxTiles& by_tma) {
     PageWindow window(params, task);
-    const BoxTiles by_tma(params, task);
-    Source next = find_tile(task, window, 0, by_tma.has(0)), before;
-    for (int t = 0; t < task.tiles; ++t) {
-      Source source = next;
-      source.run = is_run(source);
-      if (t + 1 < task.tiles) next = find_tile(task, window, t + 1, by_tma.has(t + 1));
-      load_k(task, source);
-      if (t > 0) load_v(task, before);
+    Source next = find_tile(task, window, 0, by_tma.has(0)), source, before;
+#pragma unroll 1
+    for (int t = 0; t <= task.tiles; ++t) {
       before = source;
-    }
-    load_v(task, before);
-  }
-
-  __device__ __forceinline__ void load_k(const Task& task, const Source& source) {
-    smem.k.wait_empty(k_tiles);
-    uint32_t slot = smem.k.slot(k_tiles), full = smem.k.full_of(k_tiles);
-    ++k_tiles;
-    if (source.boxes) {
-      copy_boxes<kLinesQk>(slot, full, &params.k, task.kv_head, source.at[0]);
-    } else if (source.run) {
-      copy_run<kLinesQk>(slot, full, &params.k, task.kv_head, source.at[0]);
-    } else {
-      gather<kDimQk>(slot, full, source, task.k, p.kv.k_page, p.kv.k_token);
+      source = next;
+      if (t < task.tiles) {
+        if (is_run(source)) source.way = Way::kRun;
+        if (t + 1 < task.tiles) next = find_tile(task, window, t + 1, by_tma.has(t + 1));
+        load<false>(task, source);
+      }
+      if (t > 0) load<true>(task, before);
     }
   }
 
-  __device__ __forceinline__ void load_v(const Task& task, const Source& source) {
-    smem.v.wait_empty(v_tiles);
-    uint32_t slot = smem.v.slot(v_tiles), full = smem.v.full_of(v_tiles);
-    ++v_tiles;
-    if (source.boxes) {
-      copy_boxes<kLinesVo>(slot, full, &params.v, task.kv_head, source.at[1]);
-    } else if (source.run) {
-      copy_run<kLinesVo>(slot, full, &params.v, task.kv_head, source.at[0]);
+  // The next tile of K or, if kOfV, of V. Code of their own: tensor maps are named by constants.
+  template <bool kOfV>
+  __device__ __forceinline__ void load(const Task& task, const Source& source) {
+    constexpr int kDim = kOfV ? kDimVo : kDimQk, kLines = (kDim + kLine - 1) / kLine;
+    const auto& ring = smem.ring<kOfV>();
+    uint32_t tile = kOfV ? v_tiles++ : k_tiles++;
+    ring.wait_empty(tile);
+    uint32_t slot = ring.slot(tile), full = ring.full_of(tile);
+    const CUtensorMap* map = kOfV ? &params.v : &params.k;
+    if (source.way == Way::kBoxes) {
+      copy_boxes<kLines>(slot, full, map, task.kv_head, source.at[kOfV]);
+    } else if (source.way == Way::kRun) {
+      copy_run<kLines>(slot, full, map, task.kv_head, source.at[0]);
+    } else if (kOfV) {
+      gather<kDim>(slot, full, source, task.v, p.kv.v_page, p.kv.v_token);
     } else {
-      gather<kDimVo>(slot, full, source, task.v, p.kv.v_page, p.kv.v_token);
+      gather<kDim>(slot, full, source, task.k, p.kv.k_page, p.kv.k_token);
     }
   }
 
@@ -195,11 +199,12 @@ struct KvProducer {
     int token = task.first_token + t * kTileKv;
     if (boxes) {
       TokenPlace k = find_box<kLinesQk>(window, token);
-      if constexpr (kLinesQk == kLinesVo) return {true, true, false, {k, k}};
-      return {true, true, false, {k, find_box<kLinesVo>(window, token)}};
+      if constexpr (kLinesQk == kLinesVo) return {Way::kBoxes, {k, k}};
+      return {Way::kBoxes, {k, find_box<kLinesVo>(window, token)}};
     }
     bool whole = token >= task.key_begin && token + kTileKv <= task.key_end;
-    return {false, whole, false, {find_token(task, token, lane), find_token(task, token, lane + 32)}};
+    return {whole ? Way::kWhole : Way::kPart,
+            {find_token(task, token, lane), find_token(task, token, lane + 32)}};
   }
 
   // Boxes are dealt out to the warps: a warp issues one at a time.
@@ -238,10 +243,13 @@ struct KvProducer {
     return params.page_shift < 0 ? at.page / p.kv.page_size : at.page >> params.page_shift;
   }
 
-  // Bytes from the base; negative: not a key.
-  __device__ __forceinline__ int64_t offset_of(TokenPlace at, int64_t page_stride,
-                                               int64_t token_stride) const {
-    return at.page < 0 ? -1 : (page_of(at) * page_stride + at.offset * token_stride) * 2;
+  static constexpr uint32_t kNoKey = ~0u;
+
+  // From the base, in 16 bytes, of which a cache has fewer than 2^32: check_cache in csrc/core.
+  __device__ __forceinline__ uint32_t offset_of(TokenPlace at, int64_t page_stride,
+                                                int64_t token_stride) const {
+    return at.page < 0 ? kNoKey
+                       : uint32_t(uint64_t(page_of(at) * page_stride + at.offset * token_stride) / 8);
   }
 
   // Number of the token in a cache whose pages lie one behind the other.
@@ -250,10 +258,11 @@ struct KvProducer {
   }
 
   __device__ __forceinline__ bool is_run(const Source& source) const {
-    if (!params.runs || source.boxes || !source.whole) return false;
+    if (!params.runs || source.way != Way::kWhole) return false;
     int before = slot_of(source.at[0]) - lane;  // the first token's slot, if it is one
     int first = __shfl_sync(~0u, before, 0);    // not behind &&: some lanes would wait for ever
-    return __all_sync(~0u, before == first && (kTokens <= 32 || slot_of(source.at[1]) - lane == first + 32));
+    return __all_sync(
+        ~0u, before == first && (lane + 32 >= kTokens || slot_of(source.at[1]) - lane == first + 32));
   }
 
   // at: lane 0's is the first token.
@@ -275,46 +284,44 @@ struct KvProducer {
   __device__ __forceinline__ void gather(uint32_t slot, uint32_t full, const Source& source,
                                          const Element* base, int64_t page_stride,
                                          int64_t token_stride) const {
-    constexpr int kChunks = (kDim + kLine - 1) / kLine * 8, kPasses = kTokens / kRows;
+    constexpr int kChunks = (kDim + kLine - 1) / kLine * 8;
     static_assert(kTokens % kRows == 0 && kRows * kChunks <= 32 && kTokens <= 64, "two tokens a lane");
-    constexpr int kHalf = 32 / kRows < kPasses ? 32 / kRows : kPasses;  // over the first token of every lane
     const char* from = reinterpret_cast<const char*>(base + lane % kChunks * 8);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      int64_t offset = offset_of(source.at[half], page_stride, token_stride);
-      constexpr int kEnds[] = {0, kHalf, kPasses};
-      if (source.whole) {
-        gather_passes<kChunks, kDim, true>(slot, from, offset, kEnds[half], kEnds[half + 1]);
-      } else {
-        gather_passes<kChunks, kDim, false>(slot, from, offset, kEnds[half], kEnds[half + 1]);
-      }
+    const uint32_t offsets[2] = {offset_of(source.at[0], page_stride, token_stride),
+                                 offset_of(source.at[1], page_stride, token_stride)};
+    if (source.way == Way::kWhole) {
+      gather_rows<kChunks, kDim, true>(slot, from, offsets);
+    } else {
+      gather_rows<kChunks, kDim, false>(slot, from, offsets);
     }
     barrier_arrive_copies(full);
   }
 
   template <int kChunks, int kDim, bool kWhole>
-  __device__ __forceinline__ void gather_passes(uint32_t slot, const char* from, int64_t held, int begin,
-                                                int end) const {
+  __device__ __forceinline__ void gather_rows(uint32_t slot, const char* from,
+                                              const uint32_t (&held)[2]) const {
     constexpr int kBatch = 8;  // passes looked up together, to wait for shuffles once
     // A line's place in eight repeats after 8 / kRows passes; between the halves of these one bit differs.
     constexpr int kKept = 4 / kRows;
+    static_assert(kBatch % (8 / kRows) == 0 && 32 % (kBatch * kRows) == 0);
     int in_pass = lane / kChunks;
     bool idle = (kRows * kChunks < 32 && in_pass >= kRows) || (kDim % kLine && lane % kChunks >= kDim / 8);
     uint32_t dst[kKept];
 #pragma unroll
     for (int i = 0; i < kKept; ++i)
-      dst[i] = slot + chunk_offset<kTileKv>(warp * kTokens + in_pass + (begin + i) * kRows, lane % kChunks);
+      dst[i] = slot + chunk_offset<kTileKv>(warp * kTokens + in_pass + i * kRows, lane % kChunks);
 #pragma unroll 1
-    for (int pass = begin; pass < end; pass += kBatch) {
-      int64_t offsets[kBatch];
+    for (int row = in_pass; row < kTokens; row += kBatch * kRows) {
+      uint32_t offset = row < 32 ? held[0] : held[1], offsets[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) offsets[i] = __shfl_sync(~0u, held, kRows * (pass + i) + in_pass);
+      for (int i = 0; i < kBatch; ++i) offsets[i] = __shfl_sync(~0u, offset, row + i * kRows);
       if (idle) continue;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        bool key = kWhole || offsets[i] >= 0;
+        bool key = kWhole || offsets[i] != kNoKey;
         uint32_t to = dst[i % kKept] ^ i / kKept % 2 << 6;
-        copy_async_16(to + i / kKept * (kKept * kRows * kLineBytes), from + (key ? offsets[i] : 0), key);
+        copy_async_16(to + i / kKept * (kKept * kRows * kLineBytes),
+                      from + (key ? offsets[i] : 0) * uint64_t(16), key);
       }
 #pragma unroll
       for (int i = 0; i < kKept; ++i) dst[i] += kBatch * kRows * kLineBytes;

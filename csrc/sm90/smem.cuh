@@ -38,9 +38,10 @@ struct Control {  // barriers are named by their event
   uint64_t k_full[kKSlots], k_empty[kKSlots], v_full[kVSlots], v_empty[kVSlots];
   uint64_t task_full[kQStages], q_full[kQStages], q_empty[kQStages];
   Task task[kQStages];
-  int32_t item[kQStages];     // profiling builds: of the task
-  float nowhere;              // see before_next_wait
-  float2 states[kGroupRows];  // max and sum of the second warpgroup's rows, narrow tiles
+  BoxTiles box_tiles[kQStages];  // of the task
+  int32_t item[kQStages];        // profiling builds: of the task
+  float nowhere;                 // see before_next_wait
+  float2 states[kGroupRows];     // max and sum of the second warpgroup's rows, narrow tiles
 };
 static_assert(sizeof(Control) <= kControlBytes, "kControlBytes");
 
@@ -74,6 +75,15 @@ struct Smem {
   Ring<kVSlots, kVBytes> v;
   uint32_t queries;
 
+  template <bool kOfV>
+  __device__ __forceinline__ const auto& ring() const {
+    if constexpr (kOfV) {
+      return v;
+    } else {
+      return k;
+    }
+  }
+
   __device__ explicit Smem(unsigned char* base)
       : control(*reinterpret_cast<Control*>(base + kRingBytes + kQStages * kQBytes)),
         k(smem_address(base), control.k_full, control.k_empty),
@@ -89,6 +99,7 @@ struct Smem {
     return smem_address(control.q_empty + stage);
   }
   __device__ __forceinline__ Task& task(int stage) const { return control.task[stage]; }
+  __device__ __forceinline__ BoxTiles& box_tiles(int stage) const { return control.box_tiles[stage]; }
 
   __device__ __forceinline__ void init_barriers() const {
     k.init();

@@ -16,8 +16,11 @@ constexpr int kRunTokens = kTileKv / (kKvThreads / 32);  // of a tile, those tha
 constexpr int kGroupRows = 64;                           // of a wgmma
 static_assert(kTileQ == kConsumers * kGroupRows && kTiles.q_narrow == kGroupRows, "rows of a warpgroup");
 
-// setmaxnreg: 128 * (kProducerRegisters + 2 * kConsumerRegisters) <= 65536
+// setmaxnreg divides what the launch was given, kLaunchRegisters a thread; more than that is awaited for
+// ever.
+constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
 constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
 
 // A tile in shared memory: blocks of 64 columns, the last perhaps not full; in a block each row is one
 // swizzled line of 128 bytes. That is what TMA writes and wgmma reads with 128-byte swizzle.
