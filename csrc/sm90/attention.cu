@@ -12,24 +12,28 @@ int32_t page_shift_of(int32_t page_size) {
   return 1 << shift == page_size ? shift : -1;
 }
 
-// Launched while the items are still being worked on, so that the launch costs nothing after them.
-__global__ void __launch_bounds__(32 * smxx::kMergeWarps, 2)
-    merge_after_items(const __grid_constant__ AttentionParams p) {
-  wait_for_kernel_before();
-  smxx::merge_rows<Element, Variant, Args, kBatchInvariant, kProfile, kTileQ, kTiles.q_narrow, kDimVo>(p);
-}
-
-cudaError_t launch_merge(const AttentionParams& p, cudaStream_t stream) {
+// A kernel that may be launched while the one before it in the stream still runs, if that one lets it: the
+// launch itself then costs nothing. It waits by wait_for_kernel_before().
+template <class P>
+cudaError_t launch_early(void (*kernel)(P), const P& params, int blocks, int threads, int smem,
+                         cudaStream_t stream) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = p.workers;
-  config.blockDim = 32 * smxx::kMergeWarps;
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = smem;
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, merge_after_items, p);
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+__global__ void __launch_bounds__(32 * smxx::kMergeWarps, 2)
+    merge_after_items(const __grid_constant__ AttentionParams p) {
+  smxx::merge_rows<Element, Variant, Args, kBatchInvariant, kProfile, kTileQ, kTiles.q_narrow, kDimVo>(
+      p, wait_for_kernel_before);
 }
 
 // Tokens of a box, or 0. Boxes are whole groups of eight swizzled lines, and TMA wants 16-byte strides.
@@ -131,10 +135,10 @@ extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_h
   // Per call, not once: the attribute belongs to the current device.
   error = cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
   if (error != cudaSuccess) return error;
-  attention_kernel<<<attention->workers, kThreads, kSmemBytes, stream>>>(params);
-  error = cudaGetLastError();
+  error = launch_early(attention_kernel, params, attention->workers, kThreads, kSmemBytes, stream);
   if (error != cudaSuccess) return error;
-  return launch_merge(*attention, stream);
+  return launch_early(merge_after_items, *attention, attention->workers, 32 * fi::smxx::kMergeWarps, 0,
+                      stream);
 }
 
 extern "C" const char* fi_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -19,6 +19,9 @@ __device__ __forceinline__ void copy_heads(const char* src, int64_t src_head, ch
 
 // One block a token. Strides become bytes here.
 __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_constant__ AppendParams p) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");  // attention may follow, and waits itself
+#endif
   int64_t token = blockIdx.x;
   int64_t slot = p.slot_mapping[token];
   if (slot < 0) return;

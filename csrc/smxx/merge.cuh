@@ -82,20 +82,23 @@ __device__ __forceinline__ State join_states(const AttentionParams& p, int begin
   return state;
 }
 
+// wait: returns when the partial states are there; what the plan says is read before.
 template <class Element, class Variant, class Args, bool kInOrder, bool kProfile, int kTileQ,
-          int kTileQNarrow, int kDimVo>
-__device__ __forceinline__ void merge_rows(const AttentionParams& p) {
+          int kTileQNarrow, int kDimVo, class Wait>
+__device__ __forceinline__ void merge_rows(const AttentionParams& p, Wait wait) {
   Args args = *reinterpret_cast<const Args*>(p.variant_args);
   int lane = threadIdx.x % 32;
   int merges = p.header->merges;
-  if (p.header->error) fill_with_nan<Element, kDimVo>(p);
+  bool failed = p.header->error, waited = false;
   for (int m = blockIdx.x; m < merges; m += gridDim.x) {
-    if (threadIdx.x == 0) ItemTimer<kProfile>::start(p, p.header->items + m);
     WorkItem item = p.merges[m];
     int q_first = p.batch.qo_indptr[item.request];
     int q_len = p.batch.qo_indptr[item.request + 1] - q_first;
     int tile_rows = item.flags & kWideTile ? kTileQ : kTileQNarrow;
     int row_end = min(q_len * p.group, item.row_begin + tile_rows);
+    if (!waited) wait();
+    waited = true;
+    if (threadIdx.x == 0) ItemTimer<kProfile>::start(p, p.header->items + m);
     for (int packed = item.row_begin + threadIdx.x / 32; packed < row_end; packed += kMergeWarps) {
       Columns<kDimVo> o = {};
       int begin = item.kv_begin, end = item.kv_end, row_of_tile = packed - item.row_begin;
@@ -119,13 +122,15 @@ __device__ __forceinline__ void merge_rows(const AttentionParams& p) {
     if constexpr (kProfile) __syncthreads();  // the last warp is done
     if (threadIdx.x == 0) ItemTimer<kProfile>::stop(p, p.header->items + m);
   }
+  if (!waited) wait();  // the end of this kernel must mean the end of the one before
+  if (failed) fill_with_nan<Element, kDimVo>(p);
 }
 
 template <class Element, class Variant, class Args, bool kInOrder, bool kProfile, int kTileQ,
           int kTileQNarrow, int kDimVo>
 __global__ void __launch_bounds__(32 * kMergeWarps, 2)
     merge_kernel(const __grid_constant__ AttentionParams p) {
-  merge_rows<Element, Variant, Args, kInOrder, kProfile, kTileQ, kTileQNarrow, kDimVo>(p);
+  merge_rows<Element, Variant, Args, kInOrder, kProfile, kTileQ, kTileQNarrow, kDimVo>(p, [] {});
 }
 
 }  // namespace fi::smxx
