@@ -142,8 +142,7 @@ struct Consumer {
       for (int tile = 1; tile < task.tiles; ++tile) {
         token += kTileKv;
         advance(q, by_tma.has(tile));
-        state.step<kTokens>(s, keep, token, output_done);
-        RowState::rescale(o, keep);
+        if (state.step<kTokens>(s, keep, token, output_done)) RowState::rescale(o, keep);
         RowState::pack<kTokens>(probabilities, s);
         ++tiles;
       }
@@ -200,8 +199,7 @@ struct Consumer {
       products_commit();
       products_wait<0>(s);
       release(smem.k, tiles);
-      state.step<kTokens>(s, keep, token, [](float) {});
-      RowState::rescale(o, keep);
+      if (state.step<kTokens>(s, keep, token, [](float) {})) RowState::rescale(o, keep);
       RowState::pack<kTokens>(probabilities, s);
       slot = wait_for(smem.v, tiles, boxes);
       products_fence();

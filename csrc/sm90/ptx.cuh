@@ -13,6 +13,14 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
 // The same in all lanes: the compiler can keep it in uniform registers, where products want their operands.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
+// The lane, read here and now: what follows from threadIdx.x is computed once ahead of a kernel's loops, and
+// then holds registers through all of them.
+__device__ __forceinline__ int lane_now() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
+  return lane;
+}
+
 // After the inits, before anybody uses them: TMA too must see them.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");

@@ -1,5 +1,7 @@
 // Online softmax of the two query rows a thread holds: lane/4 and lane/4 + 8 of its warp's 16.
 #pragma once
+#include <cfloat>
+
 #include "../state.h"
 #include "smem.cuh"
 #include "wgmma.cuh"
@@ -20,7 +22,7 @@ struct RowState {
   const Task* task;
   int first_row;      // of the tile; the second row is 8 further on
   KeyRange all_rows;  // keys that every row of the warp sees
-  float max[2];       // in units of the scores; -inf: no key yet
+  float max[2];       // log2, what weights are relative to: a row's maximum or up to kSlack below
   float sum[2];       // this thread's share of the row until finish()
 
   __device__ __forceinline__ RowState(const AttentionParams& params, const Args& variant_args, const Task& t,
@@ -32,7 +34,7 @@ struct RowState {
       KeyRange k = Variant::keys(args, r);
       int seen = ::min(k.end, Variant::seen_before(args, r));
       all_rows = {::max(all_rows.begin, k.begin), ::min(all_rows.end, seen)};
-      max[i] = -INFINITY;
+      max[i] = -FLT_MAX;  // no key yet; not -inf, minus which -inf would be NaN
       sum[i] = 0.f;
     }
     all_rows = {__reduce_max_sync(~0u, all_rows.begin), __reduce_min_sync(~0u, all_rows.end)};
@@ -50,22 +52,17 @@ struct RowState {
   __device__ __forceinline__ int packed(int i) const { return task->begin + first_row + 8 * i; }
   __device__ __forceinline__ Row row(int i) const { return task->row(p, packed(i)); }
 
-  // Scores into weights. keep: what a row's sums so far are to be multiplied by. token: the first of the
-  // scores, in the request. halfway(x) comes between the exponentials, those before it being needed for x.
+  // Scores into weights. token: the first of the scores, in the request. halfway(x) comes between the
+  // exponentials, those before it being needed for x. Whether the base of a row of the warp has moved: then
+  // what rows have summed so far is to be multiplied by keep.
   template <int kTokens, class Halfway>
-  __device__ __forceinline__ void step(Scores<kTokens>& s, float (&keep)[2], int token, Halfway halfway) {
+  __device__ __forceinline__ bool step(Scores<kTokens>& s, float (&keep)[2], int token, Halfway halfway) {
     transform<kTokens>(s, token);
-    float to_log2 = log2_of_score(), base[2];
+    float to_log2 = log2_of_score(), m[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float m = row_max<kTokens>(s, r);
-      m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-      m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-      base[r] = m == -INFINITY ? 0.f : __fmul_rn(m, to_log2);  // -inf - -inf would be NaN
-      keep[r] =
-          exp2_approx(__fmul_rn(max[r], to_log2) - base[r]);  // said, not fused: 1 where the maximum stays
-      max[r] = m;
-    }
+    for (int r = 0; r < 2; ++r) m[r] = __fmul_rn(largest<kTokens>(s, r, max[r] + kSlack < 0.f), to_log2);
+    bool outgrown = __any_sync(~0u, m[0] > max[0] + kSlack || m[1] > max[1] + kSlack);
+    if (outgrown) move_bases(m, keep);
     float sums[2][kChains] = {};
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n) {
@@ -75,18 +72,17 @@ struct RowState {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[4 * n + 2 * r + i];
-          x = exp2_approx(fmaf(x, to_log2, -base[r]));
+          x = exp2_approx(fmaf(x, to_log2, -max[r]));
           sums[r][(2 * n + i) % kChains] += x;
         }
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      sum[r] = fmaf(sum[r], keep[r], (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]));
+    for (int r = 0; r < 2; ++r) sum[r] += (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
+    return outgrown;
   }
 
   __device__ __forceinline__ static void rescale(Output& o, const float (&keep)[2]) {
-    if (__all_sync(~0u, keep[0] == 1.f && keep[1] == 1.f)) return;  // most tiles have no new maximum
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i) o[i] *= keep[i / 2 % 2];
   }
@@ -99,13 +95,12 @@ struct RowState {
       for (int i = 0; i < 4; ++i) to[n][i] = pack2<Element>(s[8 * n + 2 * i], s[8 * n + 2 * i + 1]);
   }
 
-  // Row sums over the quad; max becomes log2.
+  // Row sums over the quad.
   __device__ __forceinline__ void finish() {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       sum[i] += __shfl_xor_sync(~0u, sum[i], 1);
       sum[i] += __shfl_xor_sync(~0u, sum[i], 2);
-      max[i] *= log2_of_score();
     }
   }
 
@@ -115,15 +110,30 @@ struct RowState {
     return Variant::kHasLogits ? 1.f : p.scale * kLog2e;
   }
 
-  // Maximum of this thread's scores of a row and of those so far, as integers: there is an instruction for
-  // the largest of three. Floats are ordered like their bits unless all are negative; those are ordered the
-  // other way round.
+  // Weights are at most 2^kSlack: a base moves when a score exceeds it by more, so that of most tiles nothing
+  // but this thread's own maxima is asked for. 16-bit floats have room above 1.
+  static constexpr float kSlack = 8.f;
+
+  __device__ __forceinline__ void move_bases(const float (&own)[2], float (&keep)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float m = fmaxf(own[r], __shfl_xor_sync(~0u, own[r], 1));
+      m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+      m = fmaxf(max[r], m);
+      keep[r] = exp2_approx(max[r] - m);
+      sum[r] *= keep[r];
+      max[r] = m;
+    }
+  }
+
+  // Of this thread's scores of a row, as integers: there is an instruction for the largest of three. Floats
+  // are ordered like their bits unless all are negative, when those are ordered the other way round and,
+  // unless negative ones matter, any of them will do.
   template <int kTokens>
-  __device__ __forceinline__ float row_max(const Scores<kTokens>& s, int r) const {
-    auto largest = [](int x, int y, int z) { return __vimax3_s32(x, y, z); };
-    auto nearest_zero = [](int x, int y, int z) { return int(__vimin3_u32(x, y, z)); };
-    int m = most<kTokens>(s, r, largest);
-    if (m < 0) m = most<kTokens>(s, r, nearest_zero);
+  __device__ __forceinline__ float largest(const Scores<kTokens>& s, int r, bool negative) const {
+    int m = most<kTokens>(s, r, [](int x, int y, int z) { return __vimax3_s32(x, y, z); });
+    if (m < 0 && negative)
+      m = most<kTokens>(s, r, [](int x, int y, int z) { return int(__vimin3_u32(x, y, z)); });
     return __int_as_float(m);
   }
 
@@ -131,14 +141,14 @@ struct RowState {
   static constexpr int kChains = 4;
   template <int kTokens, class Pick>
   __device__ __forceinline__ int most(const Scores<kTokens>& s, int r, Pick pick) const {
-    int m[kChains], so_far = __float_as_int(max[r]);
+    int m[kChains];
 #pragma unroll
     for (int n = 0; n < kTokens / 8; ++n) {
       int x = __float_as_int(s[4 * n + 2 * r]), y = __float_as_int(s[4 * n + 2 * r + 1]);
-      m[n % kChains] = pick(x, y, n < kChains ? so_far : m[n % kChains]);
+      m[n % kChains] = pick(x, y, n < kChains ? y : m[n % kChains]);
     }
     static_assert(kTokens / 8 >= kChains);
-    return pick(pick(m[0], m[1], m[2]), m[3], so_far);
+    return pick(pick(m[0], m[1], m[2]), m[3], m[3]);
   }
 
   template <int kTokens>

@@ -23,7 +23,7 @@ __device__ __forceinline__ void store_rows(const RowState& state, const Output& 
 __device__ __forceinline__ void store_whole_rows(const RowState& state, const Output& o, uint32_t q) {
   const Task& task = *state.task;
   const AttentionParams& p = state.p;
-  int lane = threadIdx.x % 32;
+  int lane = lane_now();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     int packed = state.packed(i), row = state.first_row + 8 * i;
@@ -79,9 +79,8 @@ __device__ __forceinline__ void join_state(RowState& state, Output& o, const flo
   for (int i = 0; i < 2; ++i) {
     float2 second = states[state.first_row + 8 * i];
     float top = fmaxf(state.max[i], second.x);
-    float base = top == -INFINITY ? 0.f : top;
-    own[i] = exp2_approx(state.max[i] - base);
-    other[i] = exp2_approx(second.x - base);
+    own[i] = exp2_approx(state.max[i] - top);
+    other[i] = exp2_approx(second.x - top);
     state.max[i] = top;
     state.sum[i] = state.sum[i] * own[i] + second.y * other[i];
   }
