@@ -36,10 +36,11 @@ __global__ void __launch_bounds__(32 * smxx::kMergeWarps, 2)
       p, wait_for_kernel_before);
 }
 
-// Tokens of a box, or 0. Boxes are whole groups of eight swizzled lines, and TMA wants 16-byte strides.
+// Tokens of a box, or 0. Boxes are whole groups of eight swizzled lines and lie within a page and a tile.
 int32_t box_tokens_for(const KVCache& kv, int32_t page_shift) {
   if (page_shift < 3 || kv.num_pages == 0) return 0;  // a tensor map has no empty dimension
-  return kv.page_size < kTileKv ? kv.page_size : kTileKv;
+  constexpr int32_t kMost = kTileKv & -kTileKv;       // the largest power of two that divides it
+  return kv.page_size < kMost ? kv.page_size : kMost;
 }
 
 // The driver's function, without linking the driver.

@@ -58,9 +58,10 @@ __device__ __forceinline__ void before_next_wait(float x, uint32_t address) {
 #define FI_D32(i) FI_D8(i), FI_D8(i + 8), FI_D8(i + 16), FI_D8(i + 24)
 #define FI_D_16 FI_D8(0), FI_D8(8)
 #define FI_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FI_D_24 FI_D_16, FI_D8(16)
+#define FI_LIST_24 FI_LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define FI_D_32 FI_D32(0)
-#define FI_LIST_32 \
-  FI_LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FI_LIST_32 FI_LIST_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define FI_D_40 FI_D_32, FI_D8(32)
 #define FI_LIST_40 FI_LIST_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define FI_D_48 FI_D_40, FI_D8(40)
@@ -102,6 +103,7 @@ struct Products;
     }                                                                                                        \
   };
 FI_PRODUCTS(32, 16, "16", "17", "18", "19", "20")
+FI_PRODUCTS(48, 24, "24", "25", "26", "27", "28")
 FI_PRODUCTS(64, 32, "32", "33", "34", "35", "36")
 FI_PRODUCTS(80, 40, "40", "41", "42", "43", "44")
 FI_PRODUCTS(96, 48, "48", "49", "50", "51", "52")
