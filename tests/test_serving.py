@@ -69,8 +69,11 @@ def test_own_variant_joins_every_layer(
     plan = planner_for(inputs).plan(inputs.batch)
     layer.run(plan, inputs.q, inputs.kv, inputs.out, lse=inputs.lse)
     compare(inputs, inputs.out, inputs.lse, layer.scale)
+    with pytest.raises(ValueError, match=r"expected one variant of one's own, got x\.py:Y and FI_VARIANT="):
+        AttentionLayer(**LAYER, own="x.py:Y")
     monkeypatch.delenv("FI_VARIANT")
     assert AttentionLayer(**LAYER, window=7).variant is parse("CAUSAL+WINDOW")
+    assert AttentionLayer(**LAYER, own=f"{file}:SERVED").variant is parse("CAUSAL+SLOPED")
 
 
 @pytest.mark.parametrize(
@@ -81,8 +84,8 @@ def test_own_variant_joins_every_layer(
         (":NUMBER", "expected NUMBER to be a variant or (variant, arguments), got 3"),
         (":NOTHING", "expected NOTHING to be a variant or (variant, arguments), got None"),
         (":PER_REQUEST", "expected arguments that do not change, got last"),
-        ("", "expected FI_VARIANT to be FILE.py:NAME of a file that exists, got "),
-        ("x:SLOPED", "expected FI_VARIANT to be FILE.py:NAME of a file that exists, got "),
+        ("", "expected a variant as FILE.py:NAME of a file that exists, got "),
+        ("x:SLOPED", "expected a variant as FILE.py:NAME of a file that exists, got "),
     ],
 )
 def test_own_variants_that_do_not_fit(

@@ -23,8 +23,9 @@ class AttentionLayer:
 
     window: row q sees keys (q - window, q], without `causal` also those after q. soft_cap: None or 0 is off.
     alibi_slopes: [q_heads] numbers. sinks: [q_heads] of any float dtype, or True to reserve the buffer that
-    `load_sinks` fills. tree: rows see what the per-call arguments tree_mask and tree_tokens say. FI_VARIANT
-    joins all of them. More keywords are fields of jit.Spec.
+    `load_sinks` fills. tree: rows see what the per-call arguments tree_mask and tree_tokens say. own:
+    FILE.py:NAME of a variant of one's own, which joins all of them, as FI_VARIANT does. More keywords are
+    fields of jit.Spec.
     Raises NotImplementedError (refuse) or ValueError for what no executor takes, value and wish named.
     """
 
@@ -44,6 +45,7 @@ class AttentionLayer:
         alibi_slopes: Sequence[float] | torch.Tensor | None = None,
         sinks: bool | torch.Tensor | None = None,
         tree: bool = False,
+        own: str = "",
         **spec: Any,
     ) -> None:
         device = torch.device(device)
@@ -76,7 +78,7 @@ class AttentionLayer:
             # fixed address: captured graphs hold it, and weights may be loaded again later. NaN until loaded:
             # a layer that runs without its sinks shows
             self._args["sinks"] = torch.full((q_heads,), torch.nan, device=device)
-        own, own_args = own_variant()
+        joined, own_args = own_variant(own)
         for name, value in own_args.items():
             self._args[name] = value.to(device) if isinstance(value, torch.Tensor) else value
         fixed = variants.compose(
@@ -86,7 +88,7 @@ class AttentionLayer:
             alibi=alibi_slopes is not None,
             sinks=with_sinks,
         )
-        fixed += own
+        fixed += joined
         # a value that the kernels refuse ends the start, not the first step
         fixed.pack(self._args, q_heads, device)
         if isinstance(sinks, torch.Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
             soft_cap=logits_soft_cap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
+            own=_own_variant(config.additional_config),
         )
         self._sinks = sinks
 
@@ -104,3 +106,12 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
             refuse("quantised output is not supported")
         kv = self._attention.kv(self._view, kv_cache)
         return self._attention.run(attn_metadata.plan_for_layer(), query, kv, output)
+
+
+def _own_variant(additional_config: Any) -> str:
+    """--additional-config '{"fi_variant": "FILE.py:NAME"}'. Keys without fi_ belong to others."""
+    given = additional_config if isinstance(additional_config, Mapping) else {}
+    unknown = [key for key in given if key.startswith("fi_") and key != "fi_variant"]
+    if unknown:
+        refuse(f"expected fi_variant in additional_config, got {', '.join(unknown)}")
+    return given.get("fi_variant", "")

@@ -1,10 +1,9 @@
 """A process that serves jobs with vLLM on the CPU, one engine after another, and prints one line of JSON.
 
-Input (stdin): [{"name", "model", "engine": {}, "rounds": [[prompt ids, ...], ...], "max_tokens", "layer",
-"variant"}]. Each round is one batch on the same engine. "layer" overrides constructor arguments of our
-attention layers: the negative controls; "variant" is FI_VARIANT. Output: {name: {"tokens":
-[round][request][token], "cached": prompt tokens found in the prefix cache, "plans": how many plans our
-builders wrote, "seconds"}}.
+Input (stdin): [{"name", "model", "engine": {}, "rounds": [[prompt ids, ...], ...], "max_tokens", "layer"}].
+Each round is one batch on the same engine. "layer" overrides constructor arguments of our attention layers:
+the negative controls. Output: {name: {"tokens": [round][request][token], "cached": prompt tokens found in the
+prefix cache, "plans": how many plans our builders wrote, "seconds"}}.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import gc
 import inspect
 import json
-import os
 import sys
 import time
 from typing import Any
@@ -63,7 +61,6 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
     if "fi_backend.vllm.impl" in sys.modules or job.get("layer"):
         override_layers(job.get("layer", {}))
-    os.environ["FI_VARIANT"] = job.get("variant", "")
     llm = LLM(model=job["model"], **{**ENGINE, **job["engine"]})
     sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)
     before = sum(llm.collective_rpc(count_plans))

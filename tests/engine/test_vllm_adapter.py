@@ -39,13 +39,16 @@ BAD_LAYERS = [
 
 
 @pytest.fixture
-def in_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer can be made as vLLM makes it; no kernel is built."""
+def in_engine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A layer can be made as vLLM makes it; no kernel is built. The engine's configuration."""
     engine = SimpleNamespace(
-        device_config=SimpleNamespace(device="cpu"), model_config=SimpleNamespace(dtype=torch.float32)
+        device_config=SimpleNamespace(device="cpu"),
+        model_config=SimpleNamespace(dtype=torch.float32),
+        additional_config={"others": 1},
     )
     monkeypatch.setattr(impl, "get_current_vllm_config", lambda: engine)
     monkeypatch.setattr(kernels, "start", lambda _: None)
+    return engine
 
 
 @pytest.mark.usefixtures("in_engine")
@@ -76,6 +79,15 @@ def test_a_layer_argument_out_of_range_is_refused_when_the_layer_is_made(
 ) -> None:
     with pytest.raises((ValueError, NotImplementedError), match=message):
         impl.FiAttentionImpl(**LAYER, **given)
+
+
+def test_additional_config_names_a_variant(in_engine: SimpleNamespace) -> None:
+    in_engine.additional_config["fi_variant"] = "nowhere.py:X"
+    with pytest.raises(ValueError, match=r"of a file that exists, got 'nowhere\.py:X'"):
+        impl.FiAttentionImpl(**LAYER)
+    in_engine.additional_config = {"fi_varaint": "own.py:X"}
+    with pytest.raises(NotImplementedError, match="expected fi_variant in additional_config, got fi_varaint"):
+        impl.FiAttentionImpl(**LAYER)
 
 
 @pytest.mark.usefixtures("in_engine")

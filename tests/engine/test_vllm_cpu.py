@@ -119,7 +119,8 @@ def ours(root: Path) -> dict[str, Any]:
     own = root / "own.py"
     own.write_text(OWN % models.WINDOW)
     unwindowed = {**job("no window", root, "sliding window"), "model": folder("wide", root)}
-    jobs += [unwindowed, {**unwindowed, "name": "own window", "variant": f"{own}:LAST"}]
+    option = unwindowed["engine"] | {"additional_config": {"fi_variant": f"{own}:LAST"}}
+    jobs += [unwindowed, {**unwindowed, "name": "own window", "engine": option}]
     jobs += [job(name, root, scenario, layer) for name, (scenario, layer) in CONTROLS.items()]
     return serve(jobs, FI_BACKEND_CPU="1")
 
@@ -132,7 +133,7 @@ def test_greedy_tokens_equal_native(scenario: str, native: dict[str, Any], ours:
 
 
 def test_variant_of_ones_own(native: dict[str, Any], ours: dict[str, Any]) -> None:
-    # the same weights without a window in the model: it comes from FI_VARIANT
+    # the same weights without a window in the model: it comes from --additional-config
     assert ours["own window"]["tokens"] == native["sliding window"]["tokens"] != ours["no window"]["tokens"]
 
 
