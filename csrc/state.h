@@ -1,15 +1,12 @@
 // Joining partial states: the one arithmetic of every merge, host and device. All in log2.
 #pragma once
-#include "params.h"
+#include "variant.h"
 
 #if !defined(__CUDACC__)
 #include <cmath>
 #endif
 
 namespace fi {
-
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // Running softmax denominator: weight(i) = exp2(logit_i - max), sum = sum of weights. Empty: max = -inf, sum
 // = 0. A joined value is  joined(o, factors, o_new),  and at the end  o * finish().
@@ -21,6 +18,8 @@ struct State {
   };
 
   FI_HD static State empty() { return {-INFINITY, 0.f}; }
+  // Of a piece without softmax: pieces add up, and nothing divides them.
+  FI_HD static State plain() { return {0.f, 1.f}; }
 
   // Adds mass 2^log2_mass * amount. -inf joins nothing, also to an empty state (inf - inf would be NaN).
   FI_HD Factors join(float log2_mass, float amount = 1.f) {
@@ -39,6 +38,7 @@ struct State {
   // The last step of a row: its sink, at most one, joins here and nowhere else.
   template <class Variant, class Args>
   FI_HD float finish(const Args& args, int32_t q_head) {
+    if constexpr (!Variant::kSoftmax) return 1.f;
     float keep = 1.f;
     if constexpr (Variant::kHasSink) keep = join(Variant::sink(args, q_head) * kLog2e).keep;
     return keep * inverse();

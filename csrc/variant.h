@@ -3,7 +3,7 @@
 // A functor is a struct with static members; it inherits Feature and overrides what it changes.
 // Args is the generated struct of named arguments (fi_spec.h). All logits are in natural units, already
 // scaled. Compose<F...> joins features: key ranges intersect, a key must be seen by all, logits transforms
-// apply left to right, at most one sink.
+// apply left to right, at most one sink or function of weights.
 #pragma once
 #include "params.h"
 
@@ -12,6 +12,9 @@
 #endif
 
 namespace fi {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 struct Row {        // one query row
   int32_t request;  // index in the batch
@@ -31,6 +34,7 @@ struct SeesAll {
 struct Feature {
   static constexpr bool kHasLogits = false;
   static constexpr bool kHasSink = false;
+  static constexpr bool kSoftmax = true;  // false: weights() says what a key weighs
   template <class A>
   FI_HD static KeyRange keys(const A&, const Row& r) {
     return {0, r.kv_len};
@@ -53,6 +57,11 @@ struct Feature {
   template <class A>
   FI_HD static float sink(const A&, int32_t) {
     return 0.f;
+  }
+  // of the logit x, after all logits transforms; a hidden key weighs 0
+  template <class A>
+  FI_HD static float weights(const A&, float x, const Row&, int32_t) {
+    return x;
   }
 };
 
@@ -132,6 +141,27 @@ struct Sinks : Feature {
   }
 };
 
+// 1 / (1 + exp(-x)). Not by tanh.approx, whose error of 2^-12 is more than the small weights themselves.
+FI_HD float sigmoid(float x) {
+#if defined(__CUDA_ARCH__)
+  float e, y;  // at the ends exp is 0 or inf
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.f + e));
+  return y;
+#else
+  return 1.f / (1.f + expf(-x));
+#endif
+}
+
+// In place of softmax (FlashSigmoid). The bias is about -log(keys).
+struct Sigmoid : Feature {
+  static constexpr bool kSoftmax = false;
+  template <class A>
+  FI_HD static float weights(const A& a, float x, const Row&, int32_t) {
+    return sigmoid(x + a.sigmoid_bias);
+  }
+};
+
 template <class X, class Y>
 struct Both {
   X x;
@@ -159,7 +189,10 @@ struct Compose<F, Rest...> {
   using Next = Compose<Rest...>;
   static constexpr bool kHasLogits = F::kHasLogits || Next::kHasLogits;
   static constexpr bool kHasSink = F::kHasSink || Next::kHasSink;
+  static constexpr bool kSoftmax = F::kSoftmax && Next::kSoftmax;
   static_assert(!(F::kHasSink && Next::kHasSink), "a variant has at most one sink");
+  static_assert(F::kSoftmax || Next::kSoftmax, "a variant has at most one function of weights");
+  static_assert(kSoftmax || !kHasSink, "a sink is a logit of the softmax");
 
   // clamped to [0, kv_len]; begin >= end: the row sees nothing
   template <class A>
@@ -187,6 +220,26 @@ struct Compose<F, Rest...> {
     else
       return Next::sink(a, q_head);
   }
+  template <class A>
+  FI_HD static float weights(const A& a, float x, const Row& r, int32_t kv_pos) {
+    if constexpr (!F::kSoftmax)
+      return F::weights(a, x, r, kv_pos);
+    else
+      return Next::weights(a, x, r, kv_pos);
+  }
 };
+
+// What softmax works on, log2, or the weight itself. Of a hidden key it is kHidden.
+template <class Variant, class A>
+FI_HD float transformed(const A& a, float x, const Row& r, int32_t kv_pos) {
+  if constexpr (Variant::kSoftmax)
+    return kLog2e * Variant::logits(a, x, r, kv_pos);
+  else
+    return Variant::weights(a, Variant::logits(a, x, r, kv_pos), r, kv_pos);
+}
+template <class Variant>
+constexpr bool kTransforms = Variant::kHasLogits || !Variant::kSoftmax;
+template <class Variant>
+constexpr float kHidden = Variant::kSoftmax ? -INFINITY : 0.f;
 
 }  // namespace fi

@@ -40,7 +40,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [Tq, Hq, D], k [Tk, Hk, D], v [Tk, Hk, Dv] -> out [Tq, Hq, Dv], lse [Tq, Hq].
 
-    One request; request is its index in the batch.
+    One request; request is its index in the batch. Without softmax there is no lse: NaN.
     """
     wide = torch.promote_types(
         dtype, torch.float32
@@ -54,6 +54,7 @@ def attend(
     x = (q @ k.transpose(1, 2)).to(wide) * scale
     visible = torch.ones(len(q_pos), len(kv_pos), dtype=torch.bool, device=q.device)
     sinks = torch.full((q.shape[0],), -torch.inf, dtype=wide, device=q.device)
+    weights = None
     for feature in variant.features:
         if feature.mask is not None:
             visible &= feature.mask(q_pos, kv_pos, **args)
@@ -61,6 +62,11 @@ def attend(
             x = feature.logits(x, q_pos, kv_pos, **args)
         if feature.sink is not None:
             sinks = feature.sink(**args).to(wide)
+        if feature.weights is not None:
+            weights = feature.weights
+    if weights is not None:
+        p = weights(x, q_pos, kv_pos, **args).masked_fill(~visible, 0)
+        return (p.to(dtype) @ v).transpose(0, 1), x.new_full((len(q_pos), len(x)), torch.nan)
     x = x.masked_fill(~visible, -torch.inf)
     x = torch.cat([x, sinks[:, None, None].expand(-1, x.shape[1], 1)], 2)
     lse = x.logsumexp(2)

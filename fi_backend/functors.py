@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def functor(
-    name: str, args: tuple[Argument, ...], source: object, is_mask: bool
+    name: str, args: tuple[Argument, ...], source: object, kind: str
 ) -> tuple[str, Callable[..., torch.Tensor]]:
-    """Text and eager form of variants.define(name, *args, mask=source or logits=source)."""
+    """Text and eager form of variants.define(name, *args, kind=source)."""
     if not isinstance(source, str):
         raise ValueError(f"variant {name}: expected an expression where there is no text, got {source!r}")
     scope = {n: Name("int", f"r.{n}") for n in ("q_pos", "kv_len", "request")} | {
         "kv_pos": Name("int", "kv_pos")
     }
-    if not is_mask:
+    if kind != "mask":
         scope |= {"x": Name("float", "x"), "q_head": Name("int", "r.q_head")}
     for arg in args:
         if arg.name in scope or not arg.name.isidentifier():
@@ -32,20 +32,20 @@ def functor(
             scope[arg.name] = Name(arg.kind, f"a.{arg.name}")
         elif arg.per in ("head", "request"):
             index = "q_head" if arg.per == "head" else "request"
-            kind = "float" if arg.dtype == torch.float32 else "int"
-            scope[arg.name] = Name(kind, f"a.{arg.name}", index)
+            element = "float" if arg.dtype == torch.float32 else "int"
+            scope[arg.name] = Name(element, f"a.{arg.name}", index)
         else:
             raise ValueError(
                 f"variant {name}: expected {arg.name} per head or per request, got per {arg.per}"
             )
     part = translate(source, scope, f"variant {name}")
-    if is_mask:
+    if kind == "mask":
         if part.kind != "bool":
             raise ValueError(f"variant {name}: expected mask to be a condition, got {source!r}")
         return _MASK.format(part.text), _eager_mask(part)
     if part.kind == "bool":
-        raise ValueError(f"variant {name}: expected logits to be a number, got {source!r}")
-    return _LOGITS.format(part.text), _eager_logits(part)
+        raise ValueError(f"variant {name}: expected {kind} to be a number, got {source!r}")
+    return _NUMBER.format(kind, part.text), _eager_number(part)
 
 
 _MASK = """template <class A>
@@ -58,8 +58,8 @@ template <class A>
 FI_HD static Mask<A> mask(const A& a, const Row& r) {{ return {{a, r}}; }}
 template <class A>
 FI_HD static int32_t seen_before(const A&, const Row&) {{ return 0; }}"""
-_LOGITS = """template <class A>
-FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {{ return {}; }}"""
+_NUMBER = """template <class A>
+FI_HD static float {}(const A& a, float x, const Row& r, int32_t kv_pos) {{ return {}; }}"""
 
 
 def _eager_mask(part: Part) -> Callable[..., torch.Tensor]:
@@ -70,14 +70,14 @@ def _eager_mask(part: Part) -> Callable[..., torch.Tensor]:
     return mask
 
 
-def _eager_logits(part: Part) -> Callable[..., torch.Tensor]:
-    def logits(x: torch.Tensor, q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
+def _eager_number(part: Part) -> Callable[..., torch.Tensor]:
+    def number(x: torch.Tensor, q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
         heads = torch.arange(len(x), device=x.device)[:, None, None]
         names = {"x": x, "q_pos": q_pos[None, :, None], "kv_pos": kv_pos[None, None, :], "q_head": heads}
         found = torch.as_tensor(part.eager(args | names), device=x.device)
         return found.to(x.dtype).expand(x.shape)
 
-    return logits
+    return number
 
 
 def place_of(text: str, file: str, line: int) -> tuple[str, int]:

@@ -114,8 +114,8 @@ def run(
     q [tokens, q_heads, head_dim_qk] and out [tokens, q_heads, head_dim_vo]: bf16 or f16 (f32 too on the
     CPU), any strides with a contiguous last dimension; tokens past qo_indptr[-1] are left as they are.
     Logits are scale * q.k; scale is above 0, by default head_dim_qk ** -0.5. lse [tokens, q_heads] float32 is
-    filled with the natural log of the sum of exponentials; rows without keys get -inf and out 0. The
-    variant's arguments go by name.
+    filled with the natural log of the sum of exponentials; rows without keys get -inf and out 0; variants
+    without softmax take none. The variant's arguments go by name.
 
     Runs on the current stream, allocates only `out`, never synchronises (unless FI_DEBUG=1). Raises
     ValueError or TypeError for inputs that do not fit the plan, RuntimeError when a kernel cannot be built
@@ -164,6 +164,8 @@ def run(
             raise ValueError(
                 f"expected {name} of at least {plan.batch.num_requests} requests (the batch's), got {found}"
             )
+    if lse is not None and not variant.softmax:
+        raise ValueError(f"expected no lse with {variant}, which has no softmax")
     if out is None:
         out = q.new_empty(q.shape[0], planner.q_heads, planner.head_dim_vo)
     if runner.debug:

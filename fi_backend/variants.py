@@ -45,7 +45,8 @@ class Feature:
     """Eager forms take q_pos [Tq] and kv_pos [Tk] (int64) of one request, and by name the arguments, the
     request's index in the batch (request) and its number of keys (kv_len).
 
-    mask -> bool [Tq, Tk], True: visible; logits(x [Hq, Tq, Tk]) -> same shape; sink -> [Hq].
+    mask -> bool [Tq, Tk], True: visible; logits(x [Hq, Tq, Tk]) -> same shape; weights(x [Hq, Tq, Tk]), in
+    place of softmax -> same shape; sink -> [Hq].
 
     text: the struct of a functor that is not in csrc; place: file and line where its inside was written.
     """
@@ -56,6 +57,7 @@ class Feature:
     mask: Callable[..., torch.Tensor] | None = None
     logits: Callable[..., torch.Tensor] | None = None
     sink: Callable[..., torch.Tensor] | None = None
+    weights: Callable[..., torch.Tensor] | None = None
     text: str = ""
     place: tuple[str, int] = ("", 0)
 
@@ -74,6 +76,7 @@ class Variant:
     args: tuple[Argument, ...]
     name: str
     per_request: tuple[str, ...]  # arguments
+    softmax: bool  # False: a feature says what a key weighs, and there is no LSE
     _names: set[str]
     _struct: struct.Struct
     _interned: ClassVar[dict[tuple[str, ...], Variant]] = {}
@@ -90,12 +93,17 @@ class Variant:
             raise ValueError(
                 f"variant {'+'.join(key)}: expected at most {MAX_ARGS} arguments, got {len(args)}"
             )
-        if sum(f.sink is not None for f in ordered) > 1:
-            raise ValueError(f"variant {'+'.join(key)}: expected at most one sink")
+        sinks, weights = (sum(getattr(f, x) is not None for f in ordered) for x in ("sink", "weights"))
+        if sinks + weights > 1:
+            raise ValueError(
+                f"variant {'+'.join(key)}: expected at most one sink or function of weights, "
+                f"got {sinks} and {weights}"
+            )
         self = super().__new__(cls)
         self.features = ordered
         self.args = args
         self.name = "+".join(key) or "FULL"
+        self.softmax = weights == 0
         self.per_request = tuple(a.name for a in args if a.per == "request")
         self._names = {a.name for a in args}
         self._struct = struct.Struct("<" + "".join(_FORMATS[a.kind] for a in args))
@@ -212,6 +220,16 @@ ALIBI = Variant(
 SINKS = Variant(
     Feature("SINKS", "fi::Sinks", (Argument("sinks", "tensor"),), sink=lambda *, sinks, **_: sinks)
 )
+# In place of softmax (FlashSigmoid): weights do not sum up to 1, and there is no LSE. sigmoid_bias is about
+# -log of the number of keys.
+SIGMOID = Variant(
+    Feature(
+        "SIGMOID",
+        "fi::Sigmoid",
+        (Argument("sigmoid_bias", "float"),),
+        weights=lambda x, q_pos, kv_pos, *, sigmoid_bias, **_: torch.sigmoid(x + sigmoid_bias),
+    )
+)
 # Speculative token trees: the last tree_tokens keys of a request are its tree, with a word each in tree_mask
 # [requests * tree_tokens]: bit j of a query token's word says that it sees the j-th of them. Keys before the
 # tree are visible to all, and query tokens before it see everything. With CAUSAL, where a parent comes before
@@ -228,10 +246,15 @@ TREE = Variant(
     )
 )
 
-BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS, TREE)}
+BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS, SIGMOID, TREE)}
 
 
 _defined: dict[str, Variant] = {}
+_CONSTANTS = {  # of a defined functor
+    "mask": "",
+    "logits": "static constexpr bool kHasLogits = true;\n",
+    "weights": "static constexpr bool kSoftmax = false;\n",
+}
 
 
 def parse(name: str) -> Variant:
@@ -249,40 +272,41 @@ def define(
     *args: Argument,
     mask: str | Callable[..., torch.Tensor] | None = None,
     logits: str | Callable[..., torch.Tensor] | None = None,
+    weights: str | Callable[..., torch.Tensor] | None = None,
     text: str | None = None,
 ) -> Variant:
     """A variant of one's own, used and composed like those that are built in. Examples: docs/variants.md.
 
-    name: capitals, digits, _. Exactly one of mask, a condition that says which keys a query token sees, and
-    logits, what becomes of the logit x (natural units, already scaled). Both may use q_pos and kv_pos
-    (positions among the request's keys), kv_len, request (index in the batch), arguments by name, tensor
-    arguments as name[request] or, in logits, name[q_head], and q_head; fi_backend/expressions.py has the
-    language.
+    name: capitals, digits, _. Exactly one of mask, a condition that says which keys a query token sees;
+    logits, what becomes of the logit x (natural units, already scaled); weights, what a key of logit x
+    weighs, in place of softmax. All may use q_pos and kv_pos (positions among the request's keys), kv_len,
+    request (index in the batch), arguments by name, tensor arguments as name[request] or, but in masks,
+    name[q_head], and q_head; fi_backend/expressions.py has the language.
 
-    text: instead of an expression, the inside of a C++ struct that inherits fi::Feature (csrc/variant.h);
-    mask or logits is then its eager torch form, with Feature's signature. Text with a mask overrides
-    seen_before() as well: the first key that may be hidden.
+    text: instead of an expression, the inside of a C++ struct that inherits fi::Feature (csrc/variant.h),
+    with the function of that name; the keyword is then its eager torch form, with Feature's signature. Text
+    with a mask overrides seen_before() as well: the first key that may be hidden.
 
     Raises ValueError for a name that is taken by something else, and for what is not in the language.
     """
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or name in BUILT_IN:
         raise ValueError(f"expected a name of capitals, digits and _ that is not built in, got {name!r}")
-    if (mask is None) == (logits is None):
+    forms = {"mask": mask, "logits": logits, "weights": weights}
+    given = {kind: form for kind, form in forms.items() if form is not None}
+    if len(given) != 1:
         raise ValueError(
-            f"variant {name}: expected mask or logits, got {'neither' if mask is None else 'both'}"
+            f"variant {name}: expected one of mask, logits and weights, got {' and '.join(given) or 'none'}"
         )
-    given, place = mask if mask is not None else logits, ("", 0)
+    [(kind, form)], place = given.items(), ("", 0)
     if text is None:
-        text, eager = functor(name, args, given, is_mask=mask is not None)
-    elif callable(given):
+        text, eager = functor(name, args, form, kind)
+    elif callable(form):
         caller = sys._getframe(1)
-        eager, place = given, place_of(text, caller.f_code.co_filename, caller.f_lineno)
+        eager, place = form, place_of(text, caller.f_code.co_filename, caller.f_lineno)
     else:
-        raise ValueError(f"variant {name}: expected a torch function beside text, got {given!r}")
-    used = {"logits" if mask is None else "mask": eager}
-    kinds = "static constexpr bool kHasLogits = true;\n" if logits is not None else ""
-    body = f'struct {name} : Feature {{\n{kinds}#line 1 "{name}"\n{text}\n}};\n'
-    feature = Feature(name, f"fi::user::{name}", args, text=body, place=place, **used)
+        raise ValueError(f"variant {name}: expected a torch function beside text, got {form!r}")
+    body = f'struct {name} : Feature {{\n{_CONSTANTS[kind]}#line 1 "{name}"\n{text}\n}};\n'
+    feature = Feature(name, f"fi::user::{name}", args, text=body, place=place, **{kind: eager})
     if taken := _defined.get(name):
         old = taken.features[0]
         if (old.text, old.args) != (feature.text, feature.args):

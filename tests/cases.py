@@ -178,6 +178,7 @@ def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
     values = {
         "window": case.window,
         "soft_cap": case.soft_cap,
+        "sigmoid_bias": -2.0,
         "alibi_slopes": (2.0 ** -torch.arange(1, case.q_heads + 1).div(case.q_heads / 8)).to(device),
         "sinks": torch.randn(case.q_heads, generator=rng).to(device),
     }

@@ -49,6 +49,13 @@ ROOT_OF_DISTANCE = define(
         x - rate * (q_pos[:, None] - kv_pos[None, :]).clamp(min=0).to(x.dtype).sqrt()
     ),
 )
+# weights of either sign, which do not sum up to 1
+SHARES = define(
+    "SHARES",
+    Argument("power", "float"),
+    Argument("shrink", "float"),
+    weights="max(x, 0) * power - x * exp(-abs(x)) / (1 + shrink * (q_head + 1))",
+)
 CASE = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), dtype="f32", variant="FULL")
 ARGS: dict[str, dict[str, Any]] = {
     "PREFIX_LM+BENT": {
@@ -57,6 +64,7 @@ ARGS: dict[str, dict[str, Any]] = {
         "slopes": torch.tensor([0.5, 0.25, 0.1, -0.1]),
     },
     "CAUSAL+STRIPES+ROOT_OF_DISTANCE": {"block": 5, "rate": 0.3},
+    "STRIPES+SHARES": {"block": 2, "power": 0.5, "shrink": 2.0},
 }
 
 
@@ -84,8 +92,8 @@ def test_defined_variants_on_the_cpu(name: str) -> None:
         checks.poison(plan)
         out, lse = checks.run_inputs(plan, inputs)
         checks.compare(inputs, out, lse)
-    changed = inputs.variant_args | ({"rate": 0.4} if "rate" in inputs.variant_args else {"cap": 3.0})
-    inputs.variant_args = changed
+    others = {"rate": 0.4, "cap": 3.0, "power": 0.6}
+    inputs.variant_args |= {k: v for k, v in others.items() if k in inputs.variant_args}
     with pytest.raises(AssertionError, match="error"):  # the control: other arguments are other attention
         checks.compare(inputs, out, lse)
 
@@ -107,7 +115,8 @@ def test_defined_variants_compile_for_gpus(arch: int) -> None:
         jit.toolchain.nvcc()
     except jit.BuildError as error:
         pytest.skip(str(error))
-    spec = jit.Spec(arch, "bf16", 128, 128, parse(list(ARGS)[arch == 90]))
+    name = {80: "PREFIX_LM+BENT", 90: "CAUSAL+STRIPES+ROOT_OF_DISTANCE+SHARES"}[arch]
+    spec = jit.Spec(arch, "bf16", 128, 128, parse(name))
     log = (jit.build(jit.library(spec)) / "build.log").read_text()
     assert not re.search(r"\bC75\d\d\b", log), f"wgmma serialized:\n{log}"
 
@@ -155,8 +164,9 @@ def test_eager_form_is_python(text: str) -> None:
         ({"logits": "x if q_pos else 1"}, "expected a condition, got 'q_pos'"),
         ({"logits": "x + 99999999999"}, "expected a finite number"),
         ({"logits": "x.abs()"}, "expected a number, a name, arithmetic"),
-        ({}, "expected mask or logits, got neither"),
-        ({"mask": "True", "logits": "x"}, "expected mask or logits, got both"),
+        ({"weights": "q_pos == 3"}, "expected weights to be a number, got 'q_pos == 3'"),
+        ({}, "expected one of mask, logits and weights, got none"),
+        ({"mask": "True", "logits": "x"}, "expected one of mask, logits and weights, got mask and logits"),
         ({"logits": "x", "text": "..."}, "expected a torch function beside text, got 'x'"),
     ],
 )
@@ -204,6 +214,16 @@ def test_names() -> None:
     with pytest.raises(ValueError, match="variant STRIPES: expected a new name"):
         define("STRIPES", mask="True")
     assert parse("stripes+causal") is variants.CAUSAL + STRIPES
+
+
+def test_one_function_of_weights_and_no_lse_of_it() -> None:
+    for other in (SHARES, variants.SINKS):
+        with pytest.raises(ValueError, match="expected at most one sink or function of weights"):
+            variants.SIGMOID + other
+    inputs = inputs_of("STRIPES+SHARES")
+    plan = checks.planner_for(inputs).plan(inputs.batch)
+    with pytest.raises(ValueError, match=r"expected no lse with STRIPES\+SHARES, which has no softmax"):
+        checks.run_inputs(plan, inputs, lse=inputs.lse)
 
 
 def test_too_few_requests_are_refused() -> None:

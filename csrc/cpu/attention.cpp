@@ -146,8 +146,8 @@ void load_keys(const AttentionParams& p, const WorkItem& w, int32_t begin, int32
   clear(end - origin, pad(end - origin, 4));
 }
 
-// Turns one row's logits of keys [begin, begin + count) into weights; returns what to keep of the old output.
-// Where a key stands in the tile depends on its position alone, and so does the order of the sum.
+// Turns one row's scaled products with keys [begin, begin + count) into weights; returns what to keep of the
+// old output. Where a key stands in the tile depends on its position alone, and so does the order of the sum.
 float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, float* s) {
   int lo = std::clamp(t.keys[i].begin - begin, 0, count);
   int hi = std::clamp(t.keys[i].end - begin, lo, count);
@@ -155,21 +155,21 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
   for (int j = hi; j < pad(count, 4); ++j) s[j] = 0.f;
   if (lo == hi) return 1.f;
 
-  if constexpr (Variant::kHasLogits) {
-    for (int j = lo; j < hi; ++j) s[j] = Variant::logits(args, s[j], t.row[i], begin + j);
+  if constexpr (kTransforms<Variant>) {
+    for (int j = lo; j < hi; ++j) s[j] = transformed<Variant>(args, s[j], t.row[i], begin + j);
+  } else {
+    for (int j = lo; j < hi; ++j) s[j] *= kLog2e;
   }
   if (int j = std::max(lo, Variant::seen_before(args, t.row[i]) - begin); j < hi) {
     const auto mask = Variant::mask(args, t.row[i]);
     for (; j < hi; ++j) {
-      if (!mask.sees(begin + j)) s[j] = -INFINITY;
+      if (!mask.sees(begin + j)) s[j] = kHidden<Variant>;
     }
   }
+  if constexpr (!Variant::kSoftmax) return 1.f;
   float top = -INFINITY;
 #pragma omp simd reduction(max : top)
-  for (int j = lo; j < hi; ++j) {
-    s[j] *= kLog2e;
-    top = s[j] > top ? s[j] : top;
-  }
+  for (int j = lo; j < hi; ++j) top = s[j] > top ? s[j] : top;
   State& state = t.state[i];
   float reference =
       state.max > top ? state.max : top;  // one reference for old and new: nothing to rescale twice
@@ -185,7 +185,7 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
 }
 
 void attend(const AttentionParams& p, const Args& args, const WorkItem& w, KeyRange range, Tile& t) {
-  std::fill_n(t.state, t.rows, State::empty());
+  std::fill_n(t.state, t.rows, Variant::kSoftmax ? State::empty() : State::plain());
   std::fill(t.o[0], t.o[pad(t.rows, 2)], 0.f);
   for (int32_t begin = range.begin; begin < range.end;) {
     int32_t origin = begin / kKeys * kKeys, end = std::min(origin + kKeys, range.end);

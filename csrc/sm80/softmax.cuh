@@ -33,7 +33,7 @@ struct RowState {
       KeyRange k = Variant::keys(args, r);
       int seen = ::min(k.end, Variant::seen_before(args, r));
       all_rows = {::max(all_rows.begin, k.begin), ::min(all_rows.end, seen)};
-      max[i] = -INFINITY;
+      max[i] = kHidden<Variant>;
       sum[i] = 0.f;
     }
     all_rows = {__reduce_max_sync(~0u, all_rows.begin), __reduce_min_sync(~0u, all_rows.end)};
@@ -52,14 +52,14 @@ struct RowState {
     bool masked = token < all_rows.begin || token + kTokens > all_rows.end;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // which two of a thread's four values belong to the row
-      if constexpr (Variant::kHasLogits) {
+      if constexpr (kTransforms<Variant>) {
         Row r = row(2 * fragment + half);
 #pragma unroll
         for (int n = 0; n < kTokens / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = s[n][2 * half + i];
-            x = kLog2e * Variant::logits(args, x * p.scale, r, first + 8 * n + i);
+            x = transformed<Variant>(args, x * p.scale, r, first + 8 * n + i);
           }
       }
       if (masked) {
@@ -71,10 +71,10 @@ struct RowState {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             int t = first + 8 * n + i;
-            if (!mask.sees(t) || t < k.begin || t >= k.end) s[n][2 * half + i] = -INFINITY;
+            if (!mask.sees(t) || t < k.begin || t >= k.end) s[n][2 * half + i] = kHidden<Variant>;
           }
       }
-      step_row<kTokens>(2 * fragment + half, s, o, half);
+      if constexpr (Variant::kSoftmax) step_row<kTokens>(2 * fragment + half, s, o, half);
     }
 #pragma unroll
     for (int n = 0; n < kTokens / 16; ++n)

@@ -34,7 +34,7 @@ struct RowState {
       KeyRange k = Variant::keys(args, r);
       int seen = ::min(k.end, Variant::seen_before(args, r));
       all_rows = {::max(all_rows.begin, k.begin), ::min(all_rows.end, seen)};
-      max[i] = -FLT_MAX;  // no key yet; not -inf, minus which -inf would be NaN
+      max[i] = Variant::kSoftmax ? -FLT_MAX : 0.f;  // no key yet; not -inf, minus which -inf would be NaN
       sum[i] = 0.f;
     }
     all_rows = {__reduce_max_sync(~0u, all_rows.begin), __reduce_min_sync(~0u, all_rows.end)};
@@ -58,6 +58,10 @@ struct RowState {
   template <int kTokens, class Halfway>
   __device__ __forceinline__ bool step(Scores<kTokens>& s, float (&keep)[2], int token, Halfway halfway) {
     transform<kTokens>(s, token);
+    if constexpr (!Variant::kSoftmax) {
+      halfway(s[0]);
+      return false;
+    }
     float to_log2 = log2_of_score(), m[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) m[r] = __fmul_rn(largest<kTokens>(s, r, max[r] + kSlack < 0.f), to_log2);
@@ -157,14 +161,14 @@ struct RowState {
     int first = token + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if constexpr (Variant::kHasLogits) {
+      if constexpr (kTransforms<Variant>) {
         Row query = row(r);
 #pragma unroll
         for (int n = 0; n < kTokens / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = s[4 * n + 2 * r + i];
-            x = kLog2e * Variant::logits(args, x * p.scale, query, first + 8 * n + i);
+            x = transformed<Variant>(args, x * p.scale, query, first + 8 * n + i);
           }
       }
       if (masked) {
@@ -176,7 +180,7 @@ struct RowState {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             int t = first + 8 * n + i;
-            if (!mask.sees(t) || t < k.begin || t >= k.end) s[4 * n + 2 * r + i] = -INFINITY;
+            if (!mask.sees(t) || t < k.begin || t >= k.end) s[4 * n + 2 * r + i] = kHidden<Variant>;
           }
       }
     }
