@@ -18,12 +18,14 @@ def functor(
     name: str, args: tuple[Argument, ...], source: object, kind: str
 ) -> tuple[str, Callable[..., torch.Tensor]]:
     """Text and eager form of variants.define(name, *args, kind=source)."""
-    if not isinstance(source, str):
-        raise ValueError(f"variant {name}: expected an expression where there is no text, got {source!r}")
-    scope = {n: Name("int", f"r.{n}") for n in ("q_pos", "kv_len", "request")} | {
-        "kv_pos": Name("int", "kv_pos")
-    }
-    if kind != "mask":
+    sources = source if kind == "keys" and isinstance(source, tuple) else (source,)
+    if not all(isinstance(x, str) for x in sources) or len(sources) != (2 if kind == "keys" else 1):
+        wanted = "two expressions" if kind == "keys" else "an expression"
+        raise ValueError(f"variant {name}: expected {wanted} where there is no text, got {source!r}")
+    scope = {n: Name("int", f"r.{n}") for n in ("q_pos", "kv_len", "request")}
+    if kind != "keys":
+        scope |= {"kv_pos": Name("int", "kv_pos")}
+    if kind in ("logits", "weights"):
         scope |= {"x": Name("float", "x"), "q_head": Name("int", "r.q_head")}
     for arg in args:
         if arg.name in scope or not arg.name.isidentifier():
@@ -38,7 +40,12 @@ def functor(
             raise ValueError(
                 f"variant {name}: expected {arg.name} per head or per request, got per {arg.per}"
             )
-    part = translate(source, scope, f"variant {name}")
+    part, *others = (translate(x, scope, f"variant {name}") for x in sources)
+    if kind == "keys":
+        end = others[0]
+        if (part.kind, end.kind) != ("int", "int"):
+            raise ValueError(f"variant {name}: expected keys to be integers, got {source!r}")
+        return _KEYS.format(part.text, end.text), _eager_keys(name, part, end)
     if kind == "mask":
         if part.kind != "bool":
             raise ValueError(f"variant {name}: expected mask to be a condition, got {source!r}")
@@ -58,6 +65,8 @@ template <class A>
 FI_HD static Mask<A> mask(const A& a, const Row& r) {{ return {{a, r}}; }}
 template <class A>
 FI_HD static int32_t seen_before(const A&, const Row&) {{ return 0; }}"""
+_KEYS = """template <class A>
+FI_HD static KeyRange keys(const A& a, const Row& r) {{ return {{int32_t({}), int32_t({})}}; }}"""
 _NUMBER = """template <class A>
 FI_HD static float {}(const A& a, float x, const Row& r, int32_t kv_pos) {{ return {}; }}"""
 
@@ -66,6 +75,22 @@ def _eager_mask(part: Part) -> Callable[..., torch.Tensor]:
     def mask(q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
         found = part.eager(args | {"q_pos": q_pos[:, None], "kv_pos": kv_pos[None, :]})
         return found.to(q_pos.device).expand(len(q_pos), len(kv_pos))
+
+    return mask
+
+
+def _eager_keys(name: str, begin: Part, end: Part) -> Callable[..., torch.Tensor]:
+    def mask(q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
+        bounds = []
+        for part in (begin, end):
+            found = torch.as_tensor(part.eager(args | {"q_pos": q_pos}), device=q_pos.device)
+            bounds.append(found.expand(len(q_pos)))
+            if not q_pos.is_meta and (bounds[-1].diff() < 0).any():
+                raise ValueError(
+                    f"variant {name}: expected keys that do not go down as q_pos goes up, "
+                    f"got {bounds[-1].tolist()}"
+                )
+        return (bounds[0][:, None] <= kv_pos) & (kv_pos < bounds[1][:, None])
 
     return mask
 

@@ -250,8 +250,10 @@ BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS, SI
 
 
 _defined: dict[str, Variant] = {}
+_FIELDS = {"mask": "mask", "keys": "mask", "logits": "logits", "weights": "weights"}  # of Feature
 _CONSTANTS = {  # of a defined functor
     "mask": "",
+    "keys": "",
     "logits": "static constexpr bool kHasLogits = true;\n",
     "weights": "static constexpr bool kSoftmax = false;\n",
 }
@@ -271,42 +273,50 @@ def define(
     name: str,
     *args: Argument,
     mask: str | Callable[..., torch.Tensor] | None = None,
+    keys: tuple[str, str] | None = None,
     logits: str | Callable[..., torch.Tensor] | None = None,
     weights: str | Callable[..., torch.Tensor] | None = None,
     text: str | None = None,
 ) -> Variant:
     """A variant of one's own, used and composed like those that are built in. Examples: docs/variants.md.
 
-    name: capitals, digits, _. Exactly one of mask, a condition that says which keys a query token sees;
-    logits, what becomes of the logit x (natural units, already scaled); weights, what a key of logit x
-    weighs, in place of softmax. All may use q_pos and kv_pos (positions among the request's keys), kv_len,
-    request (index in the batch), arguments by name, tensor arguments as name[request] or, but in masks,
-    name[q_head], and q_head; fi_backend/expressions.py has the language.
+    name: capitals, digits, _. Exactly one of
+    mask: a condition that says which keys a query token sees;
+    keys: the first key that a query token sees and the one after the last; neither goes down as q_pos goes
+    up. Tiles outside are not loaded;
+    logits: what becomes of the logit x (natural units, already scaled);
+    weights: what a key of logit x weighs, in place of softmax.
+    All may use q_pos and, but in keys, kv_pos (positions among the request's keys), kv_len, request (index in
+    the batch), arguments by name, tensor arguments as name[request]; logits and weights also q_head and
+    name[q_head]. fi_backend/expressions.py has the language.
 
     text: instead of an expression, the inside of a C++ struct that inherits fi::Feature (csrc/variant.h),
-    with the function of that name; the keyword is then its eager torch form, with Feature's signature. Text
-    with a mask overrides seen_before() as well: the first key that may be hidden.
+    with the function of that name; the keyword is then its eager torch form, with Feature's signature; for
+    text with keys() that is mask. Text with a mask() overrides seen_before() as well: the first key that may
+    be hidden.
 
     Raises ValueError for a name that is taken by something else, and for what is not in the language.
     """
     if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or name in BUILT_IN:
         raise ValueError(f"expected a name of capitals, digits and _ that is not built in, got {name!r}")
-    forms = {"mask": mask, "logits": logits, "weights": weights}
+    forms = {"mask": mask, "keys": keys, "logits": logits, "weights": weights}
     given = {kind: form for kind, form in forms.items() if form is not None}
     if len(given) != 1:
         raise ValueError(
-            f"variant {name}: expected one of mask, logits and weights, got {' and '.join(given) or 'none'}"
+            f"variant {name}: expected one of {', '.join(forms)}, got {' and '.join(given) or 'none'}"
         )
     [(kind, form)], place = given.items(), ("", 0)
     if text is None:
         text, eager = functor(name, args, form, kind)
-    elif callable(form):
+    elif callable(form) and kind != "keys":
         caller = sys._getframe(1)
         eager, place = form, place_of(text, caller.f_code.co_filename, caller.f_lineno)
     else:
-        raise ValueError(f"variant {name}: expected a torch function beside text, got {form!r}")
+        raise ValueError(
+            f"variant {name}: expected mask, logits or weights in torch beside text, got {kind}={form!r}"
+        )
     body = f'struct {name} : Feature {{\n{_CONSTANTS[kind]}#line 1 "{name}"\n{text}\n}};\n'
-    feature = Feature(name, f"fi::user::{name}", args, text=body, place=place, **{kind: eager})
+    feature = Feature(name, f"fi::user::{name}", args, text=body, place=place, **{_FIELDS[kind]: eager})
     if taken := _defined.get(name):
         old = taken.features[0]
         if (old.text, old.args) != (feature.text, feature.args):

@@ -49,6 +49,13 @@ ROOT_OF_DISTANCE = define(
         x - rate * (q_pos[:, None] - kv_pos[None, :]).clamp(min=0).to(x.dtype).sqrt()
     ),
 )
+# documents of equal length, each on its own, and a look back
+PAGES = define(
+    "PAGES",
+    Argument("length", "int", at_least=1),
+    Argument("back", "tensor", dtype=torch.int64, per="request"),
+    keys=("q_pos // length * length - back[request]", "q_pos + 1"),
+)
 # weights of either sign, which do not sum up to 1
 SHARES = define(
     "SHARES",
@@ -64,6 +71,7 @@ ARGS: dict[str, dict[str, Any]] = {
         "slopes": torch.tensor([0.5, 0.25, 0.1, -0.1]),
     },
     "CAUSAL+STRIPES+ROOT_OF_DISTANCE": {"block": 5, "rate": 0.3},
+    "PAGES": {"length": 60, "back": torch.tensor([0, 7, 0, 30, 500])},
     "STRIPES+SHARES": {"block": 2, "power": 0.5, "shrink": 2.0},
 }
 
@@ -92,7 +100,7 @@ def test_defined_variants_on_the_cpu(name: str) -> None:
         checks.poison(plan)
         out, lse = checks.run_inputs(plan, inputs)
         checks.compare(inputs, out, lse)
-    others = {"rate": 0.4, "cap": 3.0, "power": 0.6}
+    others = {"rate": 0.4, "cap": 3.0, "power": 0.6, "length": 50}
     inputs.variant_args |= {k: v for k, v in others.items() if k in inputs.variant_args}
     with pytest.raises(AssertionError, match="error"):  # the control: other arguments are other attention
         checks.compare(inputs, out, lse)
@@ -115,7 +123,7 @@ def test_defined_variants_compile_for_gpus(arch: int) -> None:
         jit.toolchain.nvcc()
     except jit.BuildError as error:
         pytest.skip(str(error))
-    name = {80: "PREFIX_LM+BENT", 90: "CAUSAL+STRIPES+ROOT_OF_DISTANCE+SHARES"}[arch]
+    name = {80: "PREFIX_LM+PAGES+BENT", 90: "CAUSAL+STRIPES+ROOT_OF_DISTANCE+SHARES"}[arch]
     spec = jit.Spec(arch, "bf16", 128, 128, parse(name))
     log = (jit.build(jit.library(spec)) / "build.log").read_text()
     assert not re.search(r"\bC75\d\d\b", log), f"wgmma serialized:\n{log}"
@@ -165,9 +173,15 @@ def test_eager_form_is_python(text: str) -> None:
         ({"logits": "x + 99999999999"}, "expected a finite number"),
         ({"logits": "x.abs()"}, "expected a number, a name, arithmetic"),
         ({"weights": "q_pos == 3"}, "expected weights to be a number, got 'q_pos == 3'"),
-        ({}, "expected one of mask, logits and weights, got none"),
-        ({"mask": "True", "logits": "x"}, "expected one of mask, logits and weights, got mask and logits"),
-        ({"logits": "x", "text": "..."}, "expected a torch function beside text, got 'x'"),
+        ({"keys": "q_pos"}, "expected two expressions where there is no text, got 'q_pos'"),
+        ({"keys": ("0", "q_pos + 0.5")}, r"expected keys to be integers, got \('0', 'q_pos \+ 0.5'\)"),
+        ({"keys": ("kv_pos", "q_pos")}, "expected one of q_pos, kv_len, request, .*got 'kv_pos'"),
+        ({}, "expected one of mask, keys, logits, weights, got none"),
+        ({"mask": "True", "logits": "x"}, "expected one of mask, keys, logits, weights, got mask and logits"),
+        (
+            {"logits": "x", "text": "..."},
+            "expected mask, logits or weights in torch beside text, got logits='x'",
+        ),
     ],
 )
 def test_what_is_refused(wanted: dict[str, Any], message: str) -> None:
@@ -214,6 +228,26 @@ def test_names() -> None:
     with pytest.raises(ValueError, match="variant STRIPES: expected a new name"):
         define("STRIPES", mask="True")
     assert parse("stripes+causal") is variants.CAUSAL + STRIPES
+
+
+def test_keys_out_of_range_are_not_read() -> None:
+    inputs = inputs_of("PAGES", kv_lens=(200, 183, 5, 150, 190))
+    back, q_lens, kv_lens = inputs.variant_args["back"], inputs.case.q_lens, inputs.case.kv_lens
+    for i, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        unseen = max((kv_len - q_len) // 60 * 60 - int(back[i]), 0) // 16  # pages before all rows' keys
+        for page in eager.pages_of(inputs.batch, i)[:unseen]:
+            inputs.kv.k[page] = inputs.kv.v[page] = torch.nan
+    plan = checks.planner_for(inputs).plan(inputs.batch)
+    out, _ = checks.run_inputs(plan, inputs)
+    assert inputs.kv.k.isnan().any() and not out[: inputs.tokens].isnan().any()
+
+
+def test_keys_that_go_down_are_named() -> None:
+    backwards = define("BACKWARDS", keys=("0", "100 - q_pos"))
+    with pytest.raises(
+        ValueError, match="variant BACKWARDS: expected keys that do not go down as q_pos goes up"
+    ):
+        check(backwards, device="cpu", cases=3)
 
 
 def test_one_function_of_weights_and_no_lse_of_it() -> None:
