@@ -48,7 +48,8 @@ class Feature:
     mask -> bool [Tq, Tk], True: visible; logits(x [Hq, Tq, Tk]) -> same shape; weights(x [Hq, Tq, Tk]), in
     place of softmax -> same shape; sink -> [Hq].
 
-    text: the struct of a functor that is not in csrc; place: file and line where its inside was written.
+    text: the struct of a functor that is not in csrc; place: file and line where its inside was written;
+    definition: arguments of `define`, for other processes.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Feature:
     weights: Callable[..., torch.Tensor] | None = None
     text: str = ""
     place: tuple[str, int] = ("", 0)
+    definition: tuple[str, tuple[Argument, ...], dict[str, Any]] | None = None
 
     def _rank(self) -> tuple[int, str]:
         # masks commute, so they get one order and `WINDOW + CAUSAL` is the same build as `CAUSAL + WINDOW`;
@@ -110,7 +112,7 @@ class Variant:
         return cls._interned.setdefault(key, self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return parse, (self.name,)
+        return _define_and_parse, (self.name, [f.definition for f in self.features if f.definition])
 
     def __repr__(self) -> str:
         return self.name
@@ -316,13 +318,30 @@ def define(
             f"variant {name}: expected mask, logits or weights in torch beside text, got {kind}={form!r}"
         )
     body = f'struct {name} : Feature {{\n{_CONSTANTS[kind]}#line 1 "{name}"\n{text}\n}};\n'
-    feature = Feature(name, f"fi::user::{name}", args, text=body, place=place, **{_FIELDS[kind]: eager})
+    definition = name, args, {kind: form} if not callable(form) else {kind: form, "text": text}
+    feature = Feature(
+        name,
+        f"fi::user::{name}",
+        args,
+        text=body,
+        place=place,
+        definition=definition,
+        **{_FIELDS[kind]: eager},
+    )
     if taken := _defined.get(name):
         old = taken.features[0]
         if (old.text, old.args) != (feature.text, feature.args):
             raise ValueError(f"variant {name}: expected a new name, got one that is defined otherwise")
         return taken
     return _defined.setdefault(name, Variant(feature))
+
+
+def _define_and_parse(
+    name: str, definitions: list[tuple[str, tuple[Argument, ...], dict[str, Any]]]
+) -> Variant:
+    for own, args, forms in definitions:
+        define(own, *args, **forms)
+    return parse(name)
 
 
 def compose(*, causal: bool, window: bool, soft_cap: bool, alibi: bool, sinks: bool) -> Variant:

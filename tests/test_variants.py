@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,6 +261,18 @@ def test_one_function_of_weights_and_no_lse_of_it() -> None:
     plan = checks.planner_for(inputs).plan(inputs.batch)
     with pytest.raises(ValueError, match=r"expected no lse with STRIPES\+SHARES, which has no softmax"):
         checks.run_inputs(plan, inputs, lse=inputs.lse)
+
+
+def test_other_processes_know_a_pickled_variant() -> None:
+    variant = variants.CAUSAL + PREFIX + SHARES
+    code = "import pickle, sys; print(repr(pickle.loads(sys.stdin.buffer.read()).features))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(variant), capture_output=True, check=True
+    )
+    assert all(text in ran.stdout.decode() for text in ("PREFIX_LM : Feature", "SHARES : Feature"))
+    assert pickle.loads(pickle.dumps(variant)) is variant
+    with pytest.raises((AttributeError, pickle.PicklingError)):  # its torch form has no name to be found by
+        pickle.dumps(ROOT_OF_DISTANCE)
 
 
 def test_too_few_requests_are_refused() -> None:
