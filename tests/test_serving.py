@@ -76,6 +76,19 @@ def test_own_variant_joins_every_layer(
     assert AttentionLayer(**LAYER, own=f"{file}:SERVED").variant is parse("CAUSAL+SLOPED")
 
 
+@pytest.mark.parametrize("name", ["STREAMING", "SIGMOID"])
+def test_examples_can_be_served(name: str, no_build: None) -> None:
+    file = Path(__file__).resolve().parent.parent / "examples" / "variants_to_serve.py"
+    layer = AttentionLayer(**LAYER, own=f"{file}:{name}")
+    assert layer.variant is parse(f"CAUSAL+{name}")
+    inputs = make(Case((3, 1), (2000, 9), q_heads=4, kv_heads=2, dtype="f32"))
+    inputs.variant = layer.variant
+    inputs.variant_args = {"first": 4, "recent": 1020} if name == "STREAMING" else {"sigmoid_bias": -7.0}
+    lse = inputs.lse if layer.variant.softmax else None
+    layer.run(planner_for(inputs).plan(inputs.batch), inputs.q, inputs.kv, inputs.out, lse=lse)
+    compare(inputs, inputs.out, inputs.lse, layer.scale)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
