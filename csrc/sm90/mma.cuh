@@ -5,6 +5,20 @@
 
 namespace fi::sm90 {
 
+// Shared memory as wgmma reads it, 128-byte swizzle. stride: bytes from eight lines to the next eight.
+// leading: from 64 columns to the next 64, or fewer, where columns are the long side of a line (V); otherwise
+// unused.
+struct Descriptor {
+  uint32_t low, high;
+
+  __device__ __forceinline__ Descriptor(uint32_t address, int leading, int stride)
+      : low(address >> 4 | uint32_t(leading >> 4) << 16), high(uint32_t(stride >> 4) | 1u << 30) {}
+  // bytes further on
+  __device__ __forceinline__ uint64_t at(int offset) const {
+    return uint64_t(high) << 32 | (low + (offset >> 4));
+  }
+};
+
 // s = Q K^T, for the first kTokens rows of a K tile at k
 template <int kTokens>
 __device__ __forceinline__ void issue_scores(Scores<kTokens>& s, uint32_t q, uint32_t k) {

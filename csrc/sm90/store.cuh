@@ -37,7 +37,7 @@ __device__ __forceinline__ void store_whole_rows(const RowState& state, const Ou
     for (int n = 0; n < kDimVo / 8; ++n) {
       uint32_t pair = pack2<Element>(o[4 * n + 2 * i] * factor, o[4 * n + 2 * i + 1] * factor);
       uint32_t address = q + chunk_offset<kTileQ>(row, n) + lane % 4 * 4;
-      asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address), "r"(pair) : "memory");
+      store_shared(address, pair);
     }
   }
   __syncwarp();
@@ -47,11 +47,7 @@ __device__ __forceinline__ void store_whole_rows(const RowState& state, const Ou
   for (int index = lane; index < 16 * kChunks; index += 32) {
     int row = first + index / kChunks, chunk = index % kChunks, packed = task.begin + row;
     if (packed >= task.end) continue;
-    uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(q + chunk_offset<kTileQ>(row, chunk))
-                 : "memory");
+    uint4 x = load_shared_16(q + chunk_offset<kTileQ>(row, chunk));
     Element* out = static_cast<Element*>(p.out) + (task.q_first + task.token_of(p, packed)) * p.o_token +
                    task.head_of(p, packed) * p.o_head + chunk * 8;
     *reinterpret_cast<uint4*>(out) = x;
