@@ -1,0 +1,129 @@
+"""The sm90 kernel's own text, door, producers, consumers and merge, run by host threads against the oracle.
+
+Instructions of the GPU are those of tests/emulate/csrc; what they cannot show is in emulate/cuda_on_host.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import checks
+import pytest
+from cases import Case, make
+from grid import LONG, MIXED
+
+from fi_backend import env, jit
+from fi_backend.plan import Tiles
+from fi_backend.run import make_runner
+
+HERE = Path(__file__).resolve().parent / "emulate"
+Build = Callable[[jit.Spec, dict[str, str]], jit.Executor]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-shared",
+    "-fno-gnu-unique",
+    "-Wl,-Bsymbolic",
+    "-Wno-unknown-pragmas",
+    f"-I{HERE}",
+    f"-I{HERE / 'include'}",
+]
+
+SMALL = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), q_heads=4, kv_heads=2)
+DECODE = Case((1, 4, 1), (1500, 700, 90), q_heads=8, kv_heads=2)
+EVERYTHING = "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS"
+CASES = [
+    SMALL,
+    replace(SMALL, q_heads=6),  # a group of 3: queries come row by row
+    replace(SMALL, page_size=8, layout="HND", table="csr"),
+    replace(SMALL, page_size=1, table="token"),
+    replace(SMALL, page_size=1, table="token", run=150),
+    replace(SMALL, page_size=3, layout="padded", run=7),
+    replace(SMALL, variant=EVERYTHING),
+    replace(SMALL, variant="CAUSAL+TREE", q_lens=(7,) * 3, kv_lens=(7, 200, 66)),
+    DECODE,
+    replace(DECODE, page_size=1, table="token", run=300),
+    replace(DECODE, head_dim=128),
+    replace(SMALL, head_dim=128, layout="packed", variant="CAUSAL+SIGMOID"),
+    replace(SMALL, head_dim=96),
+    replace(SMALL, head_dim=192, head_dim_vo=128, variant="FULL"),
+    replace(SMALL, head_dim=192, page_size=1, run=300),
+    replace(SMALL, head_dim=256),
+]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    built: dict[str, jit.Executor] = {}
+
+    def build(spec: jit.Spec, changes: dict[str, str]) -> jit.Executor:
+        key = f"{spec} {changes}"
+        if key not in built:
+            folder = tmp_path_factory.mktemp("emulate")
+            for source in (jit.csrc(), HERE / "csrc"):  # the second over the first
+                shutil.copytree(source, folder, dirs_exist_ok=True)
+            text = folder / "sm90" / "attention.cuh"
+            for old, new in changes.items():
+                assert old in text.read_text()
+                text.write_text(text.read_text().replace(old, new))
+            (folder / "fi_spec.h").write_text(spec.header())
+            target = folder / "attention.so"
+            command = [env.host_compiler(), *FLAGS, f"-I{folder}", HERE / "attention.cpp", "-o", target]
+            subprocess.run(command, check=True)
+            library = ctypes.CDLL(str(target))
+            attention, error = (
+                ctypes.cast(f, ctypes.c_void_p).value for f in (library.fi_attention, library.fi_error)
+            )
+            assert attention and error
+            built[key] = jit.Executor(attention, error)
+            library.set_seed(len(built))
+        return built[key]
+
+    return build
+
+
+def check(build: Build, case: Case, workers: int, changes: dict[str, str] | None = None) -> None:
+    inputs = make(case)
+    dims = inputs.kv.head_dim_qk, inputs.kv.head_dim_vo
+    tiles = Tiles(*tuple(jit.core().plan_tiles(90, 90, *dims))[:3], workers, 90)
+    planner = checks.planner_for(inputs, tiles=tiles)
+    # the CPU's runner, with another executor
+    planner.__dict__["_runner"] = runner = make_runner(checks.planner_for(inputs))
+    spec = jit.Spec(90, "bf16", *dims, inputs.variant)
+    runner.executors[inputs.variant, inputs.q.dtype] = build(spec, changes or {})
+    plan = planner.plan(inputs.batch)
+    checks.poison(plan)
+    checks.compare(inputs, *checks.run_inputs(plan, inputs))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("workers", [3, 40])
+def test_attention(build: Build, case: Case, workers: int) -> None:
+    check(build, case, workers)
+
+
+@pytest.mark.parametrize("case", [MIXED, LONG], ids=str)
+def test_mixed_batches(build: Build, case: Case) -> None:
+    check(build, case, 4)
+
+
+CONTROLS = {
+    "a slot is never given back": {"      release(smem.v, tiles);\n      ++tiles;": "      ++tiles;"},
+    "a slot is given back before it was read": {
+        "      products_wait<0>(o);\n      release(smem.v, tiles);": "      release(smem.v, tiles);\n"
+        "      products_wait<0>(o);"
+    },
+    "keys are not awaited": {"    ring.wait_full(n);\n": ""},
+}
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_controls(build: Build, control: str) -> None:
+    with pytest.raises((AssertionError, RuntimeError)):
+        check(build, DECODE, 3, CONTROLS[control])
