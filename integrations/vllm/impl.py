@@ -114,4 +114,7 @@ def _own_variant(additional_config: Any) -> str:
     unknown = [key for key in given if key.startswith("fi_") and key != "fi_variant"]
     if unknown:
         refuse(f"expected fi_variant in additional_config, got {', '.join(unknown)}")
-    return given.get("fi_variant", "")
+    place = given.get("fi_variant", "")
+    if not isinstance(place, str):
+        refuse(f"expected fi_variant to be FILE.py:NAME, got {place!r}")
+    return place

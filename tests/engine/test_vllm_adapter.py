@@ -85,9 +85,13 @@ def test_additional_config_names_a_variant(in_engine: SimpleNamespace) -> None:
     in_engine.additional_config["fi_variant"] = "nowhere.py:X"
     with pytest.raises(ValueError, match=r"of a file that exists, got 'nowhere\.py:X'"):
         impl.FiAttentionImpl(**LAYER)
-    in_engine.additional_config = {"fi_varaint": "own.py:X"}
-    with pytest.raises(NotImplementedError, match="expected fi_variant in additional_config, got fi_varaint"):
-        impl.FiAttentionImpl(**LAYER)
+    for given, message in (
+        ({"fi_varaint": "own.py:X"}, "expected fi_variant in additional_config, got fi_varaint"),
+        ({"fi_variant": 3}, "expected fi_variant to be FILE.py:NAME, got 3"),
+    ):
+        in_engine.additional_config = given
+        with pytest.raises(NotImplementedError, match=re.escape(message)):
+            impl.FiAttentionImpl(**LAYER)
 
 
 @pytest.mark.usefixtures("in_engine")
