@@ -18,8 +18,11 @@ struct State {
   };
 
   FI_HD static State empty() { return {-INFINITY, 0.f}; }
-  // Of a piece without softmax: pieces add up, and nothing divides them.
-  FI_HD static State plain() { return {0.f, 1.f}; }
+  // What a piece has come to. Without softmax pieces add up, and nothing divides them.
+  template <class Variant>
+  FI_HD static State of(float max, float sum) {
+    return Variant::kSoftmax ? State{max, sum} : State{0.f, 1.f};
+  }
 
   // Adds mass 2^log2_mass * amount. -inf joins nothing, also to an empty state (inf - inf would be NaN).
   FI_HD Factors join(float log2_mass, float amount = 1.f) {

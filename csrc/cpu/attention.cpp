@@ -185,7 +185,7 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
 }
 
 void attend(const AttentionParams& p, const Args& args, const WorkItem& w, KeyRange range, Tile& t) {
-  std::fill_n(t.state, t.rows, Variant::kSoftmax ? State::empty() : State::plain());
+  std::fill_n(t.state, t.rows, State::of<Variant>(-INFINITY, 0.f));
   std::fill(t.o[0], t.o[pad(t.rows, 2)], 0.f);
   for (int32_t begin = range.begin; begin < range.end;) {
     int32_t origin = begin / kKeys * kKeys, end = std::min(origin + kKeys, range.end);

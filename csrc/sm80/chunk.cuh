@@ -20,7 +20,7 @@ __device__ __forceinline__ void join_chunk(const RowState<true>& state, const Ou
     if (exists && !first) joined = {p.partial_lse[at], p.partial_sum[at]};
     __syncwarp();  // the row's four lanes have read what one of them writes below
     if (!exists) continue;
-    State chunk = Variant::kSoftmax ? State{state.max[i], state.sum[i]} : State::plain();
+    State chunk = State::of<Variant>(state.max[i], state.sum[i]);
     State::Factors factors = joined.join(chunk.lse());
     float inverse = chunk.inverse();
     float* sums = p.partial_o + at * kDimVo + lane % 4 * 2;

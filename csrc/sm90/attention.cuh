@@ -74,9 +74,35 @@ struct Consumer {
 
     __device__ explicit Part(int group)
         : row(kWide ? group * kGroupRows : 0), token(kWide ? 0 : group * kTokens) {}
+    __device__ __forceinline__ int first_row() const {  // of the thread's two
+      return row + threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
+    }
     __device__ __forceinline__ uint32_t of_q(uint32_t q) const { return q + row * kLineBytes; }
     __device__ __forceinline__ uint32_t of_kv(uint32_t slot) const { return slot + token * kLineBytes; }
   };
+
+  // The scores of K tile `tiles`, no other product beside them.
+  template <bool kWide>
+  __device__ __forceinline__ void scores_alone(Scores<Part<kWide>::kTokens>& s, uint32_t q,
+                                               const Part<kWide>& part, bool boxes) const {
+    uint32_t slot = wait_for(smem.k, tiles, boxes);
+    products_fence();
+    issue_scores<Part<kWide>::kTokens>(s, part.of_q(q), part.of_kv(slot));
+    products_commit();
+    products_wait<0>(s);
+    release(smem.k, tiles);
+  }
+
+  // Issues the output of V tile `tiles`.
+  template <bool kWide>
+  __device__ __forceinline__ void start_output(Output& o,
+                                               const Probabilities<Part<kWide>::kTokens>& probabilities,
+                                               const Part<kWide>& part, bool boxes) const {
+    uint32_t slot = wait_for(smem.v, tiles, boxes);
+    products_fence();
+    issue_outputs<Part<kWide>::kTokens>(o, probabilities, part.of_kv(slot));
+    products_commit();
+  }
 
   // The weights of a wide item's first tile, if they were computed together with the last output of the item
   // before.
@@ -89,14 +115,12 @@ struct Consumer {
   __device__ __forceinline__ void attend_wide(uint32_t n, const Task& task, Started& started) {
     constexpr int kTokens = kTileKv;
     const Part<true> part(group);
-    const int first_row = part.row + threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
+    const int first_row = part.first_row();
     const uint32_t q = smem.q(n % kQStages);
     auto& probabilities = started.probabilities;
-    Output o;
+    Output o = {};
     Scores<kTokens> s;
     float keep[2];
-#pragma unroll
-    for (int i = 0; i < kOutputs; ++i) o[i] = 0.f;
 
     start_timer(n);
     RowState state(p, args, task, first_row);
@@ -107,12 +131,7 @@ struct Consumer {
       if (started.yes) {
         state.take(started.max, started.sum);
       } else {
-        uint32_t slot = wait_for(smem.k, tiles, boxes);
-        products_fence();
-        issue_scores<kTokens>(s, part.of_q(q), part.of_kv(slot));
-        products_commit();
-        products_wait<0>(s);
-        release(smem.k, tiles);
+        scores_alone(s, q, part, boxes);
         state.step<kTokens>(s, keep, token, [](float) {});
         RowState::pack<kTokens>(probabilities, s);
       }
@@ -124,10 +143,7 @@ struct Consumer {
         products_fence();
         issue_scores<kTokens>(s, part.of_q(q), part.of_kv(slot));
         products_commit();
-        slot = wait_for(smem.v, tiles, boxes);
-        products_fence();
-        issue_outputs<kTokens>(o, probabilities, part.of_kv(slot));
-        products_commit();
+        start_output(o, probabilities, part, boxes);
         named_arrive(kTurnBarrier + 1 - group, 2 * kGroupThreads);
         products_wait<1>(s);
         release(smem.k, tiles + 1);
@@ -155,10 +171,7 @@ struct Consumer {
         next_state.give(started.max, started.sum);
         RowState::pack<kTokens>(probabilities, s);
       } else {
-        uint32_t slot = wait_for(smem.v, tiles, boxes);
-        products_fence();
-        issue_outputs<kTokens>(o, probabilities, part.of_kv(slot));
-        products_commit();
+        start_output(o, probabilities, part, boxes);
         output_done(0.f);
       }
       ++tiles;
@@ -178,14 +191,12 @@ struct Consumer {
   __device__ __forceinline__ void attend_narrow(uint32_t n, const Task& task) {
     constexpr int kTokens = Part<false>::kTokens;
     const Part<false> part(group);
-    const int first_row = threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
+    const int first_row = part.first_row();
     const uint32_t q = smem.q(n % kQStages);
-    Output o;
+    Output o = {};
     Scores<kTokens> s;
     Probabilities<kTokens> probabilities;
     float keep[2];
-#pragma unroll
-    for (int i = 0; i < kOutputs; ++i) o[i] = 0.f;
 
     start_timer(n);
     RowState state(p, args, task, first_row);
@@ -193,18 +204,10 @@ struct Consumer {
     int token = task.first_token + part.token;
     for (int tile = 0; tile < task.tiles; ++tile, token += kTileKv) {
       const bool boxes = by_tma.has(tile);
-      uint32_t slot = wait_for(smem.k, tiles, boxes);
-      products_fence();
-      issue_scores<kTokens>(s, q, part.of_kv(slot));
-      products_commit();
-      products_wait<0>(s);
-      release(smem.k, tiles);
+      scores_alone(s, q, part, boxes);
       if (state.step<kTokens>(s, keep, token, [](float) {})) RowState::rescale(o, keep);
       RowState::pack<kTokens>(probabilities, s);
-      slot = wait_for(smem.v, tiles, boxes);
-      products_fence();
-      issue_outputs<kTokens>(o, probabilities, part.of_kv(slot));
-      products_commit();
+      start_output(o, probabilities, part, boxes);
       products_wait<0>(o);
       release(smem.v, tiles);
       ++tiles;

@@ -13,7 +13,7 @@ struct RowTarget {
 
   __device__ RowTarget(const AttentionParams& p, const Args& args, const Task& task, int packed, float sum,
                        float max_log2, bool leader) {
-    State row_state = Variant::kSoftmax ? State{max_log2, sum} : State::plain();
+    State row_state = State::of<Variant>(max_log2, sum);
     if (task.slot >= 0) {
       int64_t state = int64_t(task.slot) * p.partial_rows + packed - task.begin;
       out = nullptr;
