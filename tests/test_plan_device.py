@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import emulated
 import numpy as np
 import pytest
 import torch
@@ -15,23 +14,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import Setup, arrays, batch_of, setups
 
-from fi_backend import env, jit
+from fi_backend import jit
 from fi_backend.plan import Planner
-
-HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    target = tmp_path_factory.mktemp("emulate") / "plan.so"
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{jit.csrc()}"]
-    subprocess.run([env.host_compiler(), *flags, HERE / "emulate" / "plan.cpp", "-o", target], check=True)
-    return ctypes.CDLL(str(target))
+    return emulated.library("plan.cpp", tmp_path_factory.mktemp("emulate"), jit.csrc())
 
 
 def plan_as_device(emulator: ctypes.CDLL, planner: Planner, batch: Any, seed: int) -> None:
     emulator.set_seed(seed)
-    function, error = (ctypes.cast(f, ctypes.c_void_p).value for f in (emulator.fi_plan, emulator.fi_error))
+    function, error = emulated.address(emulator.fi_plan), emulated.address(emulator.fi_error)
     jit.core().plan_device(planner._config, planner._buffer, batch.qo_indptr, batch.kv_len, function, error)
 
 

@@ -5,35 +5,21 @@ Instructions of the GPU are those of tests/emulate/csrc; what they cannot show i
 
 from __future__ import annotations
 
-import ctypes
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import checks
+import emulated
 import pytest
 from cases import Case, make
 from grid import LONG, MIXED
 
-from fi_backend import env, jit
+from fi_backend import jit
 from fi_backend.plan import Tiles
 from fi_backend.run import make_runner
 
-HERE = Path(__file__).resolve().parent / "emulate"
 Build = Callable[[jit.Spec, dict[str, str]], jit.Executor]
-FLAGS = [
-    "-std=c++17",
-    "-O1",
-    "-fPIC",
-    "-shared",
-    "-fno-gnu-unique",
-    "-Wl,-Bsymbolic",
-    "-Wno-unknown-pragmas",
-    f"-I{HERE}",
-    f"-I{HERE / 'include'}",
-]
 
 SMALL = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), q_heads=4, kv_heads=2)
 DECODE = Case((1, 4, 1), (1500, 700, 90), q_heads=8, kv_heads=2)
@@ -66,22 +52,18 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         key = f"{spec} {changes}"
         if key not in built:
             folder = tmp_path_factory.mktemp("emulate")
-            for source in (jit.csrc(), HERE / "csrc"):  # the second over the first
+            for source in (jit.csrc(), emulated.HERE / "csrc"):  # the second over the first
                 shutil.copytree(source, folder, dirs_exist_ok=True)
             text = folder / "sm90" / "attention.cuh"
             for old, new in changes.items():
                 assert old in text.read_text()
                 text.write_text(text.read_text().replace(old, new))
             (folder / "fi_spec.h").write_text(spec.header())
-            target = folder / "attention.so"
-            command = [env.host_compiler(), *FLAGS, f"-I{folder}", HERE / "attention.cpp", "-o", target]
-            subprocess.run(command, check=True)
-            library = ctypes.CDLL(str(target))
-            attention, error = (
-                ctypes.cast(f, ctypes.c_void_p).value for f in (library.fi_attention, library.fi_error)
+            library = emulated.library(
+                "attention.cpp", folder, folder, emulated.HERE, emulated.HERE / "include"
             )
-            assert attention and error
-            built[key] = jit.Executor(attention, error)
+            addresses = emulated.address(library.fi_attention), emulated.address(library.fi_error)
+            built[key] = jit.Executor(*addresses)
             library.set_seed(len(built))
         return built[key]
 
