@@ -9,6 +9,9 @@ from cases import Case
 # decode, one key, a chunk, nothing at all, a whole prompt, a row without keys, more queries than keys
 MIXED = Case((1, 1, 5, 0, 33, 1, 130, 9), (300, 1, 70, 40, 33, 0, 200, 4))
 LONG = Case((1, 40, 1), (1700, 500, 17))  # split over many workers
+# for slow tools: narrow and wide tiles, pieces and merges, padded requests
+SMALL = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), q_heads=4, kv_heads=2)
+EVERYTHING = "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS"
 
 HEAD_DIMS = (
     (64, 64),
@@ -54,7 +57,7 @@ VARIANTS = (
     "FULL+SINKS",
     "CAUSAL+WINDOW+SINKS",
     "CAUSAL+WINDOW+SOFT_CAP",
-    "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS",
+    EVERYTHING,
     "CAUSAL+SIGMOID",
     "WINDOW+SOFT_CAP+SIGMOID",
 )

@@ -21,13 +21,12 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import checks  # noqa: E402
 from cases import Case, make  # noqa: E402
+from grid import EVERYTHING, SMALL  # noqa: E402
 
 from fi_backend import append  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-EVERYTHING = "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS"
-# narrow and wide tiles, pieces and merges, padded requests; swizzled and padded shared memory, wide heads
-SMALL = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), q_heads=4, kv_heads=2)
+# swizzled and padded shared memory, wide heads
 CASES = [
     SMALL,
     replace(SMALL, head_dim=128, page_size=3, table="token", dtype="f16"),

@@ -13,7 +13,7 @@ import checks
 import emulated
 import pytest
 from cases import Case, make
-from grid import LONG, MIXED
+from grid import EVERYTHING, LONG, MIXED, SMALL
 
 from fi_backend import jit
 from fi_backend.plan import Tiles
@@ -21,9 +21,7 @@ from fi_backend.run import make_runner
 
 Build = Callable[[jit.Spec, dict[str, str]], jit.Executor]
 
-SMALL = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), q_heads=4, kv_heads=2)
 DECODE = Case((1, 4, 1), (1500, 700, 90), q_heads=8, kv_heads=2)
-EVERYTHING = "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS"
 CASES = [
     SMALL,
     replace(SMALL, q_heads=6),  # a group of 3: queries come row by row
