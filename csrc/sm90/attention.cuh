@@ -32,25 +32,25 @@ struct Consumer {
     for (uint32_t n = 0;; ++n) {
       const Task& task = await_task(n);
       if (task.request < 0) break;
-      if (task.end > task.begin) {
-        if (task.wide) {
-          attend_wide(n, task, started);
-        } else {
-          attend_narrow(n, task);
-        }
+      bool rows = task.end > task.begin;
+      if (rows && task.wide) {
+        attend_wide(n, task, started);
+      } else {
+        if (rows) attend_narrow(n, task);
+        fence_async_proxy();  // Q's place was written, and TMA is next
+        barrier_arrive(smem.q_empty(n));
       }
-      fence_async_proxy();  // Q's place was written and read in the meantime, and TMA is next
-      barrier_arrive(smem.q_empty(n % kQStages));
+      barrier_arrive(smem.task_empty(n));
     }
     if (group == 0) named_sync(kTurnBarrier, 2 * kGroupThreads);  // takes the arrival that is left
   }
 
   // Item n and its queries, which have arrived.
   __device__ __forceinline__ const Task& await_task(uint32_t n) const {
-    barrier_wait(smem.task_full(n % kQStages), n / kQStages & 1);
-    barrier_wait(smem.q_full(n % kQStages), n / kQStages & 1);
+    smem.wait_task_full(n);
+    smem.wait_q_full(n);
     fence_async_proxy();  // Q came by cp.async
-    return smem.task(n % kQStages);
+    return smem.task(n);
   }
 
   // Slot of tile n, which has arrived.
@@ -116,7 +116,7 @@ struct Consumer {
     constexpr int kTokens = kTileKv;
     const Part<true> part(group);
     const int first_row = part.first_row();
-    const uint32_t q = smem.q(n % kQStages);
+    const uint32_t q = smem.q(n);
     auto& probabilities = started.probabilities;
     Output o = {};
     Scores<kTokens> s;
@@ -125,7 +125,7 @@ struct Consumer {
     start_timer(n);
     RowState state(p, args, task, first_row);
     if (task.tiles > 0) {
-      const BoxTiles by_tma = smem.box_tiles(n % kQStages);
+      const BoxTiles by_tma = smem.box_tiles(n);
       bool boxes = by_tma.has(0);
       int token = task.first_token + part.token;
       if (started.yes) {
@@ -162,10 +162,11 @@ struct Consumer {
         RowState::pack<kTokens>(probabilities, s);
         ++tiles;
       }
+      barrier_arrive(smem.q_empty(n));  // early: if there is but one place, the next item's queries want it
       started.yes = wide_next(n);
       if (started.yes) {
-        const Task& next = smem.task((n + 1) % kQStages);
-        advance(smem.q((n + 1) % kQStages), smem.box_tiles((n + 1) % kQStages).has(0));
+        const Task& next = smem.task(n + 1);
+        advance(smem.q(n + 1), smem.box_tiles(n + 1).has(0));
         RowState next_state(p, args, next, first_row);
         next_state.step<kTokens>(s, keep, next.first_token + part.token, output_done);
         next_state.give(started.max, started.sum);
@@ -175,14 +176,15 @@ struct Consumer {
         output_done(0.f);
       }
       ++tiles;
+    } else {
+      barrier_arrive(smem.q_empty(n));
     }
 
     state.finish();
     if (task.slot >= 0) {
       store_rows(state, o);
     } else {
-      named_sync(kGroupBarrier + group, kGroupThreads);  // all its warps have read Q
-      store_whole_rows(state, o, q);
+      store_whole_rows(state, o);
     }
     stop_timer(n);
   }
@@ -192,7 +194,7 @@ struct Consumer {
     constexpr int kTokens = Part<false>::kTokens;
     const Part<false> part(group);
     const int first_row = part.first_row();
-    const uint32_t q = smem.q(n % kQStages);
+    const uint32_t q = smem.q(n);
     Output o = {};
     Scores<kTokens> s;
     Probabilities<kTokens> probabilities;
@@ -200,7 +202,7 @@ struct Consumer {
 
     start_timer(n);
     RowState state(p, args, task, first_row);
-    const BoxTiles by_tma = smem.box_tiles(n % kQStages);
+    const BoxTiles by_tma = smem.box_tiles(n);
     int token = task.first_token + part.token;
     for (int tile = 0; tile < task.tiles; ++tile, token += kTileKv) {
       const bool boxes = by_tma.has(tile);
@@ -219,11 +221,11 @@ struct Consumer {
 
   __device__ __forceinline__ static bool timed() { return kProfile && threadIdx.x == kGroupThreads; }
   __device__ __forceinline__ void start_timer(uint32_t n) const {
-    if (timed()) ItemTimer<kProfile>::start(p, smem.control.item[n % kQStages]);
+    if (timed()) ItemTimer<kProfile>::start(p, smem.item(n));
   }
   __device__ __forceinline__ void stop_timer(uint32_t n) const {
     if constexpr (kProfile) named_sync(kConsumersBarrier, kConsumers * kGroupThreads);
-    if (timed()) ItemTimer<kProfile>::stop(p, smem.control.item[n % kQStages]);
+    if (timed()) ItemTimer<kProfile>::stop(p, smem.item(n));
   }
 
   __device__ __forceinline__ bool wide_next(uint32_t n) const {

@@ -25,29 +25,29 @@ struct QueryProducer {
         item = p.worker_indptr[slice];
         end = p.worker_indptr[slice + 1];
       }
-      int stage = n % kQStages;
-      barrier_wait(smem.q_empty(stage), (n / kQStages & 1) ^ 1);
-      Task& task = smem.task(stage);
+      smem.wait_task_empty(n);
+      Task& task = smem.task(n);
       if (lane == 0) {
         if (item < end) {
           new (&task) Task(p, args, p.items[item]);
           if (task.end <= task.begin) task.tiles = 0;
-          new (&smem.box_tiles(stage)) BoxTiles(params, task);
-          if constexpr (kProfile) smem.control.item[stage] = item;
+          new (&smem.box_tiles(n)) BoxTiles(params, task);
+          if constexpr (kProfile) smem.item(n) = item;
         } else {
           task.request = -1;
         }
-        barrier_arrive(smem.task_full(stage));
+        barrier_arrive(smem.task_full(n));
       }
       __syncwarp();
+      smem.wait_q_empty(n);
       if (item < end && task.end > task.begin) {
         if (params.q_boxes && task.wide) {
-          if (lane == 0) load_boxes(task, smem.q(stage), smem.q_full(stage));
+          if (lane == 0) load_boxes(task, smem.q(n), smem.q_full(n));
         } else {
-          load_rows(task, smem.q(stage));
+          load_rows(task, smem.q(n));
         }
       }
-      barrier_arrive_copies(smem.q_full(stage));
+      barrier_arrive_copies(smem.q_full(n));
       if (item >= end) return;
     }
   }
@@ -149,12 +149,11 @@ struct KvProducer {
 
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {
-      int stage = n % kQStages;
-      barrier_wait(smem.task_full(stage), n / kQStages & 1);
-      const Task& task = smem.task(stage);
+      smem.wait_task_full(n);
+      const Task& task = smem.task(n);
       if (task.request < 0) return;
-      if (task.tiles > 0) load_tiles(task, smem.box_tiles(stage));
-      barrier_arrive(smem.q_empty(stage));
+      if (task.tiles > 0) load_tiles(task, smem.box_tiles(n));
+      barrier_arrive(smem.task_empty(n));
     }
   }
 

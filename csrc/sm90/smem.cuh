@@ -29,19 +29,18 @@ struct BoxTiles {
 };
 
 enum NamedBarrier : int {
-  kConsumersBarrier = 1,                      // both consumer warpgroups
-  kTurnBarrier,                               // + warpgroup: its turn to issue products
-  kGroupBarrier = kTurnBarrier + kConsumers,  // + warpgroup
+  kConsumersBarrier = 1,  // both consumer warpgroups
+  kTurnBarrier,           // + warpgroup: its turn to issue products
 };
 
 struct Control {  // barriers are named by their event
   uint64_t k_full[kKSlots], k_empty[kKSlots], v_full[kVSlots], v_empty[kVSlots];
-  uint64_t task_full[kQStages], q_full[kQStages], q_empty[kQStages];
-  Task task[kQStages];
-  BoxTiles box_tiles[kQStages];  // of the task
-  int32_t item[kQStages];        // profiling builds: of the task
-  float nowhere;                 // see before_next_wait
-  float2 states[kGroupRows];     // max and sum of the second warpgroup's rows, narrow tiles
+  uint64_t task_full[kTasks], task_empty[kTasks], q_full[kQStages], q_empty[kQStages];
+  Task task[kTasks];
+  BoxTiles box_tiles[kTasks];  // of the task
+  int32_t item[kTasks];        // profiling builds: of the task
+  float nowhere;               // see before_next_wait
+  float2 states[kGroupRows];   // max and sum of the second warpgroup's rows, narrow tiles
 };
 static_assert(sizeof(Control) <= kControlBytes, "kControlBytes");
 
@@ -90,24 +89,45 @@ struct Smem {
         v(k.slots + kKSlots * kKBytes, control.v_full, control.v_empty),
         queries(k.slots + kRingBytes) {}
 
-  __device__ __forceinline__ uint32_t q(int stage) const { return queries + stage * kQBytes; }
-  __device__ __forceinline__ uint32_t task_full(int stage) const {
-    return smem_address(control.task_full + stage);
+  // Of item n of the worker.
+  __device__ __forceinline__ Task& task(uint32_t n) const { return control.task[n % kTasks]; }
+  __device__ __forceinline__ BoxTiles& box_tiles(uint32_t n) const { return control.box_tiles[n % kTasks]; }
+  __device__ __forceinline__ int32_t& item(uint32_t n) const { return control.item[n % kTasks]; }
+  __device__ __forceinline__ uint32_t q(uint32_t n) const { return queries + n % kQStages * kQBytes; }
+
+  __device__ __forceinline__ uint32_t task_full(uint32_t n) const {
+    return smem_address(control.task_full + n % kTasks);
   }
-  __device__ __forceinline__ uint32_t q_full(int stage) const { return smem_address(control.q_full + stage); }
-  __device__ __forceinline__ uint32_t q_empty(int stage) const {
-    return smem_address(control.q_empty + stage);
+  __device__ __forceinline__ uint32_t task_empty(uint32_t n) const {
+    return smem_address(control.task_empty + n % kTasks);
   }
-  __device__ __forceinline__ Task& task(int stage) const { return control.task[stage]; }
-  __device__ __forceinline__ BoxTiles& box_tiles(int stage) const { return control.box_tiles[stage]; }
+  __device__ __forceinline__ uint32_t q_full(uint32_t n) const {
+    return smem_address(control.q_full + n % kQStages);
+  }
+  __device__ __forceinline__ uint32_t q_empty(uint32_t n) const {
+    return smem_address(control.q_empty + n % kQStages);
+  }
+  __device__ __forceinline__ void wait_task_full(uint32_t n) const {
+    barrier_wait(task_full(n), n / kTasks & 1);
+  }
+  __device__ __forceinline__ void wait_task_empty(uint32_t n) const {
+    barrier_wait(task_empty(n), n / kTasks & 1 ^ 1);
+  }
+  __device__ __forceinline__ void wait_q_full(uint32_t n) const { barrier_wait(q_full(n), n / kQStages & 1); }
+  __device__ __forceinline__ void wait_q_empty(uint32_t n) const {
+    barrier_wait(q_empty(n), n / kQStages & 1 ^ 1);
+  }
 
   __device__ __forceinline__ void init_barriers() const {
     k.init();
     v.init();
-    for (int i = 0; i < kQStages; ++i) {
-      barrier_init(task_full(i), 1);
-      barrier_init(q_full(i), 32);
-      barrier_init(q_empty(i), kConsumers * kGroupThreads + kKvThreads);  // the task lies there too
+    for (int n = 0; n < kTasks; ++n) {
+      barrier_init(task_full(n), 1);
+      barrier_init(task_empty(n), kConsumers * kGroupThreads + kKvThreads);
+    }
+    for (int n = 0; n < kQStages; ++n) {
+      barrier_init(q_full(n), 32);
+      barrier_init(q_empty(n), kConsumers * kGroupThreads);
     }
     fence_barrier_init();
   }

@@ -18,39 +18,49 @@ __device__ __forceinline__ void store_rows(const RowState& state, const Output& 
   }
 }
 
-// Whole rows of the output through shared memory: 16 bytes a store, whole lines a warp. The warp's 16 rows of
-// Q, which nobody reads any more, are the place.
-__device__ __forceinline__ void store_whole_rows(const RowState& state, const Output& o, uint32_t q) {
-  const Task& task = *state.task;
-  const AttentionParams& p = state.p;
+// Words of four neighbouring lanes: word k of lane j becomes word j of lane k.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int lane) {
+  bool odd = lane & 1, high = lane & 2;
+#pragma unroll
+  for (int k = 0; k < 4; k += 2) {
+    uint32_t got = __shfl_xor_sync(~0u, odd ? x[k] : x[k + 1], 1);
+    (odd ? x[k] : x[k + 1]) = got;
+  }
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    uint32_t got = __shfl_xor_sync(~0u, high ? x[k] : x[k + 2], 2);
+    (high ? x[k] : x[k + 2]) = got;
+  }
+}
+
+// Whole rows of the output, 16 bytes a store: the lanes of a quad have two columns in eight each, of 32
+// columns, and swap until each has eight that lie together.
+__device__ __forceinline__ void store_whole_rows(const RowState& state, const Output& o) {
+  constexpr int kChunks = kDimVo / 8;
   int lane = lane_now();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    int packed = state.packed(i), row = state.first_row + 8 * i;
-    bool exists = packed < task.end;
+    int packed = state.packed(i);
+    bool exists = packed < state.task->end;
     float factor = 0.f;
+    Element* out = nullptr;
     if (exists) {
-      RowTarget target(p, state.args, task, packed, state.sum[i], state.max[i], lane % 4 == 0);
+      RowTarget target(state.p, state.args, *state.task, packed, state.sum[i], state.max[i], lane % 4 == 0);
       factor = target.factor;
+      out = target.out;
     }
 #pragma unroll
-    for (int n = 0; n < kDimVo / 8; ++n) {
-      uint32_t pair = pack2<Element>(o[4 * n + 2 * i] * factor, o[4 * n + 2 * i + 1] * factor);
-      uint32_t address = q + chunk_offset<kTileQ>(row, n) + lane % 4 * 4;
-      store_shared(address, pair);
-    }
-  }
-  __syncwarp();
-  constexpr int kChunks = kDimVo / 8;
-  int first = state.first_row - lane / 4;  // of the warp
+    for (int first = 0; first < kChunks; first += 4) {
+      uint32_t x[4] = {};
 #pragma unroll
-  for (int index = lane; index < 16 * kChunks; index += 32) {
-    int row = first + index / kChunks, chunk = index % kChunks, packed = task.begin + row;
-    if (packed >= task.end) continue;
-    uint4 x = load_shared_16(q + chunk_offset<kTileQ>(row, chunk));
-    Element* out = static_cast<Element*>(p.out) + (task.q_first + task.token_of(p, packed)) * p.o_token +
-                   task.head_of(p, packed) * p.o_head + chunk * 8;
-    *reinterpret_cast<uint4*>(out) = x;
+      for (int k = 0; k < 4 && first + k < kChunks; ++k) {
+        int n = first + k;
+        x[k] = pack2<Element>(o[4 * n + 2 * i] * factor, o[4 * n + 2 * i + 1] * factor);
+      }
+      transpose_quad(x, lane);
+      int chunk = first + lane % 4;
+      if (exists && chunk < kChunks) *reinterpret_cast<uint4*>(out + 8 * chunk) = {x[0], x[1], x[2], x[3]};
+    }
   }
 }
 

@@ -39,6 +39,8 @@ constexpr int kVBytes = kTileKv * kLinesVo * kLineBytes;
 
 constexpr int kBlockSmem = 227 * 1024;
 constexpr int kControlBytes = 1024;  // Control in smem.cuh
+constexpr int kTasks =
+    2;  // items that are known at a time: the next one's keys are loaded while this one lasts
 constexpr int kQStages = kDimQk <= 128 ? 2 : 1;
 constexpr int kRoom = kBlockSmem - kControlBytes - kQStages * kQBytes;
 constexpr int kVSlots = kRoom / (kKBytes + kVBytes);
