@@ -118,7 +118,7 @@ struct PageWindow {
 
 enum class Way : int32_t {
   kBoxes,  // of pages, dealt out to the lanes
-  kRun,    // a box for all of the warp's tokens, which lie one behind the other
+  kRun,    // boxes of the warp's tokens, which all lie one behind the other
   kWhole,  // gathered, and every token of the tile is a key of it
   kPart,   // gathered
 };
@@ -136,16 +136,21 @@ struct KvProducer {
   // A warp gathers kRows tokens at a time, a lane 16 bytes of one. Their places in eight lines repeat after
   // few passes, so that addresses are constants.
   static constexpr int kRows = kLinesQk < 4 ? 4 / kLinesQk : 1;
-  static constexpr int kTokens = kRunTokens;  // of a tile, a warp's
 
   const Params& params;
   const AttentionParams& p;
   const Smem& smem;
-  int lane, warp;
+  int lane, warp, first, tokens;  // of a tile, the warp's
   uint32_t k_tiles = 0, v_tiles = 0;
 
   __device__ KvProducer(const Params& all, const Smem& s)
-      : params(all), p(all.attention), smem(s), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
+      : params(all),
+        p(all.attention),
+        smem(s),
+        lane(threadIdx.x % 32),
+        warp(threadIdx.x / 32),
+        first(warp * kWarpTokens),
+        tokens(max(0, min(kWarpTokens, kTileKv - first))) {}
 
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {
@@ -211,8 +216,8 @@ struct KvProducer {
 
   template <int kLines>
   __device__ __forceinline__ TokenPlace find_box(PageWindow& window, int token) const {
-    int first = box() / kLines * params.box_tokens;
-    token += first < kTileKv ? first : 0;
+    int row = box() / kLines * params.box_tokens;
+    token += row < kTileKv ? row : 0;
     return {window.page_of(token), token & ((1 << params.page_shift) - 1)};
   }
 
@@ -224,15 +229,15 @@ struct KvProducer {
       barrier_arrive(full, kKvThreads);
     }
     __syncwarp();
-    int first = box() / kLines * params.box_tokens, line = box() % kLines;
-    if (first >= kTileKv) return;
-    copy_box(slot + (line * kTileKv + first) * kLineBytes, map, full, line * kLine, at.offset, head, at.page);
+    int row = box() / kLines * params.box_tokens, line = box() % kLines;
+    if (row >= kTileKv) return;
+    copy_box(slot + (line * kTileKv + row) * kLineBytes, map, full, line * kLine, at.offset, head, at.page);
   }
 
   // n: of the warp's tokens, in their order. An entry of the page table in place of the page.
   __device__ __forceinline__ TokenPlace find_token(const Task& task, int tile_token, int n) const {
-    int token = tile_token + warp * kTokens + n;
-    if (n >= kTokens || token < task.key_begin || token >= task.key_end) return {-1, 0};
+    int token = tile_token + first + n;
+    if (n >= tokens || token < task.key_begin || token >= task.key_end) return {-1, 0};
     int page = params.page_shift < 0 ? token / p.kv.page_size : token >> params.page_shift;
     return {task.entries[int64_t(page) * p.batch.entry_step], token - page * p.kv.page_size};
   }
@@ -259,23 +264,25 @@ struct KvProducer {
   __device__ __forceinline__ bool is_run(const Source& source) const {
     if (!params.runs || source.way != Way::kWhole) return false;
     int before = slot_of(source.at[0]) - lane;  // the first token's slot, if it is one
-    int first = __shfl_sync(~0u, before, 0);    // not behind &&: some lanes would wait for ever
-    return __all_sync(
-        ~0u, before == first && (lane + 32 >= kTokens || slot_of(source.at[1]) - lane == first + 32));
+    int begin = __shfl_sync(~0u, before, 0);    // not behind &&: some lanes would wait for ever
+    return __all_sync(~0u, (lane >= tokens || before == begin) &&
+                               (lane + 32 >= tokens || slot_of(source.at[1]) - lane == begin + 32));
   }
 
   // at: lane 0's is the first token.
   template <int kLines>
   __device__ __forceinline__ void copy_run(uint32_t slot, uint32_t full, const CUtensorMap* map, int head,
                                            TokenPlace at) const {
-    int first = __shfl_sync(~0u, slot_of(at), 0);
+    int begin = __shfl_sync(~0u, slot_of(at), 0);
     if (lane == 0) {
-      barrier_expect(full, kTokens * kLines * kLineBytes);
+      barrier_expect(full, tokens * kLines * kLineBytes);
       barrier_arrive(full, 32);
     }
     __syncwarp();
-    if (lane >= kLines) return;
-    copy_box(slot + (lane * kTileKv + warp * kTokens) * kLineBytes, map, full, lane * kLine, first, head, 0);
+    int row = lane / kLines * kRunTokens, line = lane % kLines;
+    if (row >= tokens) return;
+    copy_box(slot + (line * kTileKv + first + row) * kLineBytes, map, full, line * kLine, begin + row, head,
+             0);
   }
 
   // Tokens that are not keys of the tile become zero, unread. base already points at the KV head.
@@ -284,7 +291,7 @@ struct KvProducer {
                                          const Element* base, int64_t page_stride,
                                          int64_t token_stride) const {
     constexpr int kChunks = (kDim + kLine - 1) / kLine * 8;
-    static_assert(kTokens % kRows == 0 && kRows * kChunks <= 32 && kTokens <= 64, "two tokens a lane");
+    static_assert(kRows * kChunks <= 32 && kWarpTokens <= 64, "two tokens a lane");
     const char* from = reinterpret_cast<const char*>(base + lane % kChunks * 8);
     const uint32_t offsets[2] = {offset_of(source.at[0], page_stride, token_stride),
                                  offset_of(source.at[1], page_stride, token_stride)};
@@ -299,18 +306,19 @@ struct KvProducer {
   template <int kChunks, int kDim, bool kWhole>
   __device__ __forceinline__ void gather_rows(uint32_t slot, const char* from,
                                               const uint32_t (&held)[2]) const {
-    constexpr int kBatch = 8;  // passes looked up together, to wait for shuffles once
+    // passes looked up together, to wait for shuffles once
+    constexpr int kBatch = kRunTokens / kRows < 8 ? kRunTokens / kRows : 8;
     // A line's place in eight repeats after 8 / kRows passes; between the halves of these one bit differs.
     constexpr int kKept = 4 / kRows;
-    static_assert(kBatch % (8 / kRows) == 0 && 32 % (kBatch * kRows) == 0);
+    static_assert(kBatch % (8 / kRows) == 0 && kRunTokens % (kBatch * kRows) == 0);
     int in_pass = lane / kChunks;
     bool idle = (kRows * kChunks < 32 && in_pass >= kRows) || (kDim % kLine && lane % kChunks >= kDim / 8);
     uint32_t dst[kKept];
 #pragma unroll
     for (int i = 0; i < kKept; ++i)
-      dst[i] = slot + chunk_offset<kTileKv>(warp * kTokens + in_pass + i * kRows, lane % kChunks);
+      dst[i] = slot + chunk_offset<kTileKv>(first + in_pass + i * kRows, lane % kChunks);
 #pragma unroll 1
-    for (int row = in_pass; row < kTokens; row += kBatch * kRows) {
+    for (int row = in_pass; row < tokens; row += kBatch * kRows) {
       uint32_t offset = row < 32 ? held[0] : held[1], offsets[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) offsets[i] = __shfl_sync(~0u, offset, row + i * kRows);

@@ -11,9 +11,11 @@ constexpr int kGroupThreads = 128;
 constexpr int kConsumers = 2;
 constexpr int kThreads = kGroupThreads * (1 + kConsumers);
 constexpr int kConsumerWarps = 4 * kConsumers;
-constexpr int kKvThreads = 64;                           // of the producer's; its last warp loads queries
-constexpr int kRunTokens = kTileKv / (kKvThreads / 32);  // of a tile, those that a warp loads
-constexpr int kGroupRows = 64;                           // of a wgmma
+constexpr int kKvThreads = 96;  // of the producer's; its last warp loads queries
+constexpr int kRunTokens = 16;  // of a box of tokens that lie one behind the other
+// of a tile, those that a warp gathers, if there are as many left
+constexpr int kWarpTokens = (kTileKv / (kKvThreads / 32) + kRunTokens - 1) / kRunTokens * kRunTokens;
+constexpr int kGroupRows = 64;  // of a wgmma
 static_assert(kTileQ == kConsumers * kGroupRows && kTiles.q_narrow == kGroupRows, "rows of a warpgroup");
 
 // setmaxnreg divides what the launch was given, kLaunchRegisters a thread; more than that is awaited for
