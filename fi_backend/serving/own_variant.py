@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import env, variants
 from ..jit.toolchain import log
+from .refuse import refuse
 
 
 def own_variant(place: str = "") -> tuple[variants.Variant, dict[str, Any]]:
@@ -18,6 +20,18 @@ def own_variant(place: str = "") -> tuple[variants.Variant, dict[str, Any]]:
     if place and given and place != given:
         raise ValueError(f"expected one variant of one's own, got {place} and FI_VARIANT={given}")
     return _load(place or given)
+
+
+def variant_option(additional_config: Any) -> str:
+    """fi_variant of an engine's own mapping for plugins. Keys without fi_ belong to others."""
+    given = additional_config if isinstance(additional_config, Mapping) else {}
+    unknown = [key for key in given if key.startswith("fi_") and key != "fi_variant"]
+    if unknown:
+        refuse(f"expected fi_variant in additional_config, got {', '.join(unknown)}")
+    place = given.get("fi_variant", "")
+    if not isinstance(place, str):
+        refuse(f"expected fi_variant to be FILE.py:NAME, got {place!r}")
+    return place
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 import fi_backend
 from fi_backend.serving.layer import AttentionLayer
+from fi_backend.serving.own_variant import variant_option
 from fi_backend.serving.refuse import refuse
 
 from .builder import FiMetadata
@@ -18,9 +18,7 @@ from .limits import check_layer
 
 
 class FiAttentionImpl(AttentionImpl[FiMetadata]):
-    supports_dcp = False
-    supports_pcp = False
-    can_return_lse_for_decode = False
+    supports_dcp = supports_pcp = can_return_lse_for_decode = False
 
     def __init__(
         self,
@@ -56,7 +54,7 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
             soft_cap=logits_soft_cap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
-            own=_own_variant(config.additional_config),
+            own=variant_option(config.additional_config),
         )
         self._sinks = sinks
 
@@ -106,15 +104,3 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
             refuse("quantised output is not supported")
         kv = self._attention.kv(self._view, kv_cache)
         return self._attention.run(attn_metadata.plan_for_layer(), query, kv, output)
-
-
-def _own_variant(additional_config: Any) -> str:
-    """--additional-config '{"fi_variant": "FILE.py:NAME"}'. Keys without fi_ belong to others."""
-    given = additional_config if isinstance(additional_config, Mapping) else {}
-    unknown = [key for key in given if key.startswith("fi_") and key != "fi_variant"]
-    if unknown:
-        refuse(f"expected fi_variant in additional_config, got {', '.join(unknown)}")
-    place = given.get("fi_variant", "")
-    if not isinstance(place, str):
-        refuse(f"expected fi_variant to be FILE.py:NAME, got {place!r}")
-    return place
