@@ -61,7 +61,7 @@ struct Axis {
   int32_t box;
 };
 
-// 64 columns of the rows of a box. L2 fetches at once no more than what a row fills: the rest belongs to
+// The rows of a box, a line of each. L2 fetches at once no more than what a row fills: the rest belongs to
 // others.
 cudaError_t make_map(CUtensorMap* map, void* base, int head_dim, Axis y, Axis z, Axis w) {
   auto encode = map_encoder();
@@ -74,10 +74,10 @@ cudaError_t make_map(CUtensorMap* map, void* base, int head_dim, Axis y, Axis z,
   cuuint32_t box[4] = {kLine, cuuint32_t(y.box), cuuint32_t(z.box), cuuint32_t(w.box)},
              steps[4] = {1, 1, 1, 1};
   CUresult result = encode(map, type, 4, base, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                           CU_TENSOR_MAP_SWIZZLE_128B,
-                           head_dim % (2 * kLine) == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-                           : head_dim % kLine == 0     ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
-                                                       : CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                           kLineBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+                           head_dim % 128 == 0  ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+                           : head_dim % 64 == 0 ? CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+                                                : CU_TENSOR_MAP_L2_PROMOTION_NONE,
                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

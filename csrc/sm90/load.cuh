@@ -1,5 +1,5 @@
 // The producer warpgroup, as far ahead of the consumers as there is room: one warp makes work items ready and
-// loads their queries, two load KV tiles.
+// loads their queries, three load KV tiles.
 #pragma once
 #include "smem.cuh"
 
@@ -135,7 +135,10 @@ struct KvProducer {
   static constexpr int kWarps = kKvThreads / 32;
   // A warp gathers kRows tokens at a time, a lane 16 bytes of one. Their places in eight lines repeat after
   // few passes, so that addresses are constants.
-  static constexpr int kRows = kLinesQk < 4 ? 4 / kLinesQk : 1;
+  static constexpr int kQkChunks = kLinesQk * kLineChunks, kRows = kQkChunks <= 8    ? 4
+                                                                   : kQkChunks <= 16 ? 2
+                                                                                     : 1;
+  static_assert(kLinesQk * (kTileKv / 8) <= kKvThreads, "a box a lane");
 
   const Params& params;
   const AttentionParams& p;
@@ -290,7 +293,7 @@ struct KvProducer {
   __device__ __forceinline__ void gather(uint32_t slot, uint32_t full, const Source& source,
                                          const Element* base, int64_t page_stride,
                                          int64_t token_stride) const {
-    constexpr int kChunks = (kDim + kLine - 1) / kLine * 8;
+    constexpr int kChunks = (kDim + kLine - 1) / kLine * kLineChunks;
     static_assert(kRows * kChunks <= 32 && kWarpTokens <= 64, "two tokens a lane");
     const char* from = reinterpret_cast<const char*>(base + lane % kChunks * 8);
     const uint32_t offsets[2] = {offset_of(source.at[0], page_stride, token_stride),
@@ -326,7 +329,7 @@ struct KvProducer {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         bool key = kWhole || offsets[i] != kNoKey;
-        uint32_t to = dst[i % kKept] ^ i / kKept % 2 << 6;
+        uint32_t to = dst[i % kKept] ^ i / kKept % 2 * (kLineBytes / 2);
         copy_async_16(to + i / kKept * (kKept * kRows * kLineBytes),
                       from + (key ? offsets[i] : 0) * uint64_t(16), key);
       }

@@ -5,14 +5,14 @@
 
 namespace fi::sm90 {
 
-// Shared memory as wgmma reads it, 128-byte swizzle. stride: bytes from eight lines to the next eight.
-// leading: from 64 columns to the next 64, or fewer, where columns are the long side of a line (V); otherwise
-// unused.
+// Shared memory as wgmma reads it. stride: bytes from eight lines to the next eight. leading: from a line's
+// columns to the next line's, where columns are the long side of a line (V); otherwise unused.
 struct Descriptor {
+  static constexpr uint32_t kSwizzle = kLineBytes == 128 ? 1 : 2;
   uint32_t low, high;
 
   __device__ __forceinline__ Descriptor(uint32_t address, int leading, int stride)
-      : low(address >> 4 | uint32_t(leading >> 4) << 16), high(uint32_t(stride >> 4) | 1u << 30) {}
+      : low(address >> 4 | uint32_t(leading >> 4) << 16), high(uint32_t(stride >> 4) | kSwizzle << 30) {}
   // bytes further on
   __device__ __forceinline__ uint64_t at(int offset) const {
     return uint64_t(high) << 32 | (low + (offset >> 4));
@@ -25,7 +25,8 @@ __device__ __forceinline__ void issue_scores(Scores<kTokens>& s, uint32_t q, uin
   Descriptor a(q, 0, 8 * kLineBytes), b(k, 0, 8 * kLineBytes);
 #pragma unroll
   for (int step = 0; step < kDimQk / 16; ++step) {
-    int line = step / 4, within = step % 4 * 32;  // bytes
+    constexpr int kSteps = kLine / 16;
+    int line = step / kSteps, within = step % kSteps * 32;  // bytes
     Products<kTokens>::ss(s, a.at(line * kTileQ * kLineBytes + within),
                           b.at(line * kTileKv * kLineBytes + within), step > 0);
   }

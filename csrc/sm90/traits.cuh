@@ -24,15 +24,18 @@ constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
 constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters);
 
-// A tile in shared memory: blocks of 64 columns, the last perhaps not full; in a block each row is one
-// swizzled line of 128 bytes. That is what TMA writes and wgmma reads with 128-byte swizzle.
-constexpr int kLineBytes = 128, kLine = 64;  // elements
+// A tile in shared memory: blocks of as many columns as a line holds, the last perhaps not full; in a block
+// each row is one swizzled line. That is what TMA writes and wgmma reads. TMA reads whole lines: short ones
+// where rows would end within a long one.
+constexpr int kLineBytes = kDimQk % 64 == 0 && kDimVo % 64 == 0 ? 128 : 64;
+constexpr int kLine = kLineBytes / 2, kLineChunks = kLineBytes / 16;  // elements, chunks of 16 bytes
 constexpr int kLinesQk = (kDimQk + kLine - 1) / kLine, kLinesVo = (kDimVo + kLine - 1) / kLine;
 static_assert(kDimVo <= kDimQk, "the rule in fi_backend/jit");
 
 template <int kRows>
-__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {  // chunks of 16 bytes
-  return chunk / 8 * (kRows * kLineBytes) + row * kLineBytes + ((chunk % 8 ^ row % 8) << 4);
+__device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
+  int swizzled = chunk % kLineChunks ^ row / (128 / kLineBytes) % kLineChunks;
+  return chunk / kLineChunks * (kRows * kLineBytes) + row * kLineBytes + (swizzled << 4);
 }
 
 constexpr int kQBytes = kTileQ * kLinesQk * kLineBytes;
@@ -41,8 +44,7 @@ constexpr int kVBytes = kTileKv * kLinesVo * kLineBytes;
 
 constexpr int kBlockSmem = 227 * 1024;
 constexpr int kControlBytes = 1024;  // Control in smem.cuh
-constexpr int kTasks =
-    2;  // items that are known at a time: the next one's keys are loaded while this one lasts
+constexpr int kTasks = 2;  // items known at a time: the next one's keys are loaded while this one lasts
 constexpr int kQStages = kDimQk <= 128 ? 2 : 1;
 constexpr int kRoom = kBlockSmem - kControlBytes - kQStages * kQBytes;
 constexpr int kVSlots = kRoom / (kKBytes + kVBytes);

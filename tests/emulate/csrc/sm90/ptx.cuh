@@ -30,16 +30,12 @@ inline void barrier_arrive_copies(uint32_t barrier) {
 inline void barrier_wait(uint32_t barrier, int parity) {
   block.pause_until([=] { return int(block.barriers[barrier].rounds & 1) != parity; });
 }
-inline void store_shared(uint32_t address, uint32_t word) { memcpy(shared_byte(address), &word, 4); }
-inline uint4 load_shared_16(uint32_t address) {
-  uint4 x;
-  memcpy(&x, shared_byte(address), 16);
-  return x;
-}
 inline void fence_async_proxy() {}
 
-// Where 128-byte swizzle puts a byte.
-inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+// Where swizzle puts a byte, in lines of 64 or 128 bytes.
+inline uint32_t swizzled(uint32_t address, int line_bytes) {
+  return address ^ (address >> 7 & (line_bytes / 16 - 1)) << 4;
+}
 
 inline void copy_box(uint32_t dst, const CUtensorMap* map, uint32_t barrier, int x, int y, int z, int w) {
   block.in_flight.push_back([=] {
@@ -59,7 +55,7 @@ inline void copy_box(uint32_t dst, const CUtensorMap* map, uint32_t barrier, int
             }
             uint16_t value = 0;
             if (inside) memcpy(&value, from, 2);
-            memcpy(shared_byte(swizzled(to)), &value, 2);
+            memcpy(shared_byte(swizzled(to, map->swizzle)), &value, 2);
           }
     block.arrive(barrier, 0, int(to - dst));
   });

@@ -25,21 +25,29 @@ void products_wait(float (&)[kRegisters]) {
 }
 inline void before_next_wait(float, uint32_t) {}
 
-inline float element_at(uint32_t address) {
-  __nv_bfloat16 x;
-  memcpy(&x, shared_byte(swizzled(address)), 2);
-  return float(x);
-}
+// What a descriptor names.
+struct Matrix {
+  uint32_t start, leading, stride;
+  int line_bytes;
 
-// Byte of row, column of what a descriptor names: rows are lines, or columns are.
-inline uint32_t row_in_lines(uint64_t descriptor, int row, int column) {
-  uint32_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  return start + row / 8 * stride + row % 8 * 128 + column * 2;
-}
-inline uint32_t column_in_lines(uint64_t descriptor, int row, int column) {
-  uint32_t leading = (descriptor >> 16 & 0x3fff) << 4;
-  return row_in_lines(descriptor, row, column % 64) + column / 64 * leading;
-}
+  explicit Matrix(uint64_t d)
+      : start((d & 0x3fff) << 4),
+        leading((d >> 16 & 0x3fff) << 4),
+        stride((d >> 32 & 0x3fff) << 4),
+        line_bytes(d >> 62 == 1 ? 128 : 64) {}
+
+  float by_rows(int row, int column) const {  // a line is a row
+    uint32_t address = start + row / 8 * stride + row % 8 * line_bytes + column * 2;
+    __nv_bfloat16 x;
+    memcpy(&x, shared_byte(swizzled(address, line_bytes)), 2);
+    return float(x);
+  }
+  float by_columns(int row, int column) const {  // a line is some columns of a row
+    Matrix further = *this;
+    further.start += column / (line_bytes / 2) * leading;
+    return further.by_rows(row, column % (line_bytes / 2));
+  }
+};
 
 inline void issue(std::function<void()> product) {
   if (block.lazy_products) {
@@ -63,12 +71,11 @@ struct Products {
 
   static void ss(Sums& d, uint64_t a, uint64_t b, int accumulate) {
     int lane = threadIdx.x % 32, first = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    issue([=, &d] {
+    issue([=, &d, a = Matrix(a), b = Matrix(b)] {
       if (!accumulate) memset(d, 0, sizeof d);
       each(d, lane, [=](int i, int column) {
         float sum = 0.f;
-        for (int k = 0; k < 16; ++k)
-          sum += element_at(row_in_lines(a, first + 8 * i, k)) * element_at(row_in_lines(b, column, k));
+        for (int k = 0; k < 16; ++k) sum += a.by_rows(first + 8 * i, k) * b.by_rows(column, k);
         return sum;
       });
     });
@@ -85,10 +92,10 @@ struct Products {
           rows[16 * i + 8 * half + k] = __int_as_float(int(k % 2 ? pair & 0xffff0000 : pair << 16));
         }
     }
-    issue([=, &d] {
+    issue([=, &d, b = Matrix(b)] {
       each(d, lane, [&](int i, int column) {
         float sum = 0.f;
-        for (int k = 0; k < 16; ++k) sum += rows[16 * i + k] * element_at(column_in_lines(b, k, column));
+        for (int k = 0; k < 16; ++k) sum += rows[16 * i + k] * b.by_columns(k, column);
         return sum;
       });
     });
