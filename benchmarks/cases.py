@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 
+WINDOW = 1024  # keys of windowed variants
+
 
 @dataclass(frozen=True)
 class Case:
     """Causal attention of q_lens[r] query tokens, the last ones of kv_lens[r] keys, for each request r.
 
     prefix: tokens, whole pages, that all requests share: their first keys. in_order: pages of a request lie
-    one behind the other, as an engine with an empty pool hands them out; otherwise anywhere.
+    one behind the other, as an engine with an empty pool hands them out; otherwise anywhere. variant: a name;
+    benchmarks/variants.py has its arguments.
     """
 
     id: str
@@ -31,6 +34,7 @@ class Case:
     page_size: int = 16
     prefix: int = 0
     in_order: bool = False
+    variant: str = "CAUSAL"
 
     @property
     def tokens(self) -> int:
@@ -46,7 +50,9 @@ class Case:
     @property
     def flops(self) -> int:
         """Two products of head_dim for each visible (query, key) pair and query head."""
-        pairs = sum(q * (kv - q) + q * (q + 1) // 2 for q, kv in zip(self.q_lens, self.kv_lens, strict=True))
+        most = WINDOW if "WINDOW" in self.variant else max(self.kv_lens)
+        lens = zip(self.q_lens, self.kv_lens, strict=True)
+        pairs = sum(int(np.minimum(np.arange(kv - q, kv) + 1, most).sum()) for q, kv in lens)
         return 4 * pairs * self.q_heads * self.head_dim
 
 
@@ -93,6 +99,25 @@ def _shapes() -> Iterator[Case]:
                 yield replace(case, suite="shapes")
 
 
+def _variants() -> Iterator[Case]:
+    """A long prefill, with built-in variants and the same as a user writes them; the paper's shapes."""
+    causal = {
+        "causal": "CAUSAL",
+        "window": "CAUSAL+WINDOW",
+        "soft-cap": "CAUSAL+SOFT_CAP",
+        "alibi": "CAUSAL+ALIBI",
+        "sigmoid": "CAUSAL+SIGMOID",
+    }
+    own = {f"own-{name}": variant.replace("+", "+OWN_") for name, variant in causal.items()}
+    for name, variant in {**causal, **own, "own-causal": "OWN_CAUSAL"}.items():
+        case = _prefill(f"variant-4x8192-{name}", 4, "constant", 8192, variant=variant)
+        yield replace(case, suite="variants")
+    for n in (1024, 2048, 4096, 8192, 16384):
+        for name, variant in causal.items():
+            shape = {"q_heads": 16, "kv_heads": 16, "variant": variant}
+            yield replace(_prefill(f"variant-16x{n}-{name}", 16, "constant", n, **shape), suite="variants")
+
+
 CASES = (
     _decode("decode-16x1024", 16, "constant", 1024),
     _decode("decode-16-uniform", 16, "uniform", 1024),
@@ -119,11 +144,12 @@ CASES = (
     _prefix(256, 2048, 256),
     _prefix(128, 16384, 128),
     *_shapes(),
+    *_variants(),
     Case("verify-64x4-4096", "mixed", (4,) * 64, (4096,) * 64),
     Case("chunk-512-over-32768", "mixed", (512,), (32768,)),
     Case("mixed-128dec-2chunk", "mixed", (1,) * 128 + (1024,) * 2, (4096,) * 130),
 )
-SUITES = ("decode", "prefill", "mixed", "prefix", "shapes", "layers", "plan")
+SUITES = ("decode", "prefill", "mixed", "prefix", "shapes", "variants", "layers", "plan")
 
 
 def of_suite(suite: str) -> list[Case]:

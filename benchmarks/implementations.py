@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+import fi_backend
+from fi_backend.variants import CAUSAL
+
 from .data import Data
+from .variants import with_arguments
 
 
 class Unsupported(Exception):
@@ -24,9 +28,8 @@ Prepare = Callable[[Data], Prepared]
 
 
 def fi(data: Data) -> Prepared:
-    import fi_backend
-
     case = data.case
+    variant, arguments = with_arguments(case, data.q.device)
     batch = fi_backend.BlockSparse.from_block_table(
         data.qo_indptr, data.kv_len, data.block_table, case.page_size
     )
@@ -37,8 +40,13 @@ def fi(data: Data) -> Prepared:
         max_requests=len(case.q_lens),
         max_tokens=case.tokens,
         max_kv_len=max(case.kv_lens),
+        causal=CAUSAL in variant,
+        window=arguments.get("window"),
         device=data.q.device,
     )
     kv = fi_backend.KVCache.separate(data.k, data.v, "NHD")
     plan = planner.plan(batch)
-    return Prepared(lambda: planner.plan(batch), lambda: fi_backend.run(plan, data.q, kv, data.out))
+    return Prepared(
+        lambda: planner.plan(batch),
+        lambda: fi_backend.run(plan, data.q, kv, data.out, variant=variant, **arguments),
+    )

@@ -29,6 +29,8 @@ SERVE = "Whole engines: python -m benchmarks serve --engine {vllm,sglang} --help
 def measure(case: Case, name: str, device: torch.device) -> Row:
     """One row of a results file. Raises Unsupported."""
     data = make(case, device)
+    if name not in ("fi", "flex") and case.variant != "CAUSAL":
+        raise Unsupported(f"{case.variant} is not measured with it")
     prepared = (fi if name == "fi" else peers.PEERS[name])(data)
     row: Row = {"suite": case.suite, "case": case.id, "impl": name}
     if case.suite == "plan":
@@ -36,7 +38,7 @@ def measure(case: Case, name: str, device: torch.device) -> Row:
         if name == "fi" and device.type == "cuda":  # peers plan on the host
             row["gpu_us"] = round(device_us(prepared.plan, device).us, 2)
         return row
-    error = relative_error(data, prepared.run())
+    error = relative_error(data, prepared.run().reshape(data.out.shape))
     if case.suite == "layers":
         qkv = (case.q_heads + 2 * case.kv_heads) * case.head_dim
         return row | rounded(layer_us(prepared.run, case.tokens, qkv, device)) | {"rel_err": shortened(error)}
@@ -84,7 +86,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=SERVE)
     parser.add_argument("suites", nargs="+", choices=(*SUITES, "jit"))
     parser.add_argument(
-        "--peers", type=peers.names, default=[], help="fa3, flashinfer, or one of its wrappers"
+        "--peers", type=peers.names, default=[], help="fa3, flashinfer or one of its wrappers, flex"
     )
     parser.add_argument("--case", action="append", default=[], help="only this case id (repeatable)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")

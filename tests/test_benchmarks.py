@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,18 @@ def test_a_shared_prefix() -> None:
     assert peers.PEERS.keys() >= {"vllm_fa3_cascade", "flashinfer_cascade"}
     with pytest.raises(Unsupported, match="no prefix"):
         peers.PEERS["vllm_fa3_cascade"](make(SMALL, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("case", [c for c in of_suite("variants") if "4x8192" in c.id], ids=lambda c: c.id)
+def test_what_a_user_writes_is_the_same(case: Case) -> None:
+    small = replace(case, q_lens=(1, 30), kv_lens=(40, 1100), q_heads=4, kv_heads=2, head_dim=64)
+    data = make(small, torch.device("cpu"))
+    out = fi(data).run()
+    assert relative_error(data, out) < 5e-3
+    data.case = replace(small, variant="CAUSAL")
+    assert (relative_error(data, out) > 5e-3) == ("+" in case.variant)
+    if "WINDOW" in case.variant:
+        assert small.flops == 4 * 4 * 64 * (40 + sum(min(n, 1024) for n in range(1071, 1101)))
 
 
 def test_a_plan_is_timed_on_the_host_many_times() -> None:
