@@ -88,6 +88,8 @@ struct Tokens {
   int64_t page, token, head;
 };
 
+Steps steps_of(int64_t page, int64_t token) { return {uint32_t(page / 8), uint32_t(token / 8)}; }
+
 // Whether tokens lie at equal distances all through K, or V, so that a box can hold tokens of many pages.
 bool is_flat(const KVCache& kv, const Tokens& t) {
   return kv.page_size == 1 || t.page == kv.page_size * t.token;
@@ -124,6 +126,8 @@ extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_h
   params.attention = *attention;
   params.page_shift = page_shift_of(attention->kv.page_size);
   params.box_tokens = box_tokens_for(attention->kv, params.page_shift);
+  params.k_steps = steps_of(attention->kv.k_page, attention->kv.k_token);
+  params.v_steps = steps_of(attention->kv.v_page, attention->kv.v_token);
   cudaError_t error = map_cache(params);
   if (error != cudaSuccess) return error;
   if (kTileQ % attention->group == 0) {

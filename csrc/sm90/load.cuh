@@ -133,11 +133,9 @@ struct Source {
 // K0 K1 V0 K2 V1 ... as the consumers want them.
 struct KvProducer {
   static constexpr int kWarps = kKvThreads / 32;
-  // A warp gathers kRows tokens at a time, a lane 16 bytes of one. Their places in eight lines repeat after
-  // few passes, so that addresses are constants.
-  static constexpr int kQkChunks = kLinesQk * kLineChunks, kRows = kQkChunks <= 8    ? 4
-                                                                   : kQkChunks <= 16 ? 2
-                                                                                     : 1;
+  // A warp gathers kRows tokens at a time by kLanes lanes each, a lane 16 bytes. Their places in eight lines
+  // repeat after few passes, so that addresses are constants.
+  static constexpr int kRows = kDimQk <= 64 ? 4 : kDimQk <= 128 ? 2 : 1, kLanes = 32 / kRows;
   static_assert(kLinesQk * (kTileKv / 8) <= kKvThreads, "a box a lane");
 
   const Params& params;
@@ -158,7 +156,7 @@ struct KvProducer {
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {
       smem.wait_task_full(n);
-      const Task& task = smem.task(n);
+      const Task task = smem.task(n);  // in registers, what is used of it
       if (task.request < 0) return;
       if (task.tiles > 0) load_tiles(task, smem.box_tiles(n));
       barrier_arrive(smem.task_empty(n));
@@ -166,7 +164,9 @@ struct KvProducer {
   }
 
  private:
-  __device__ __forceinline__ void load_tiles(const Task& task, const BoxTiles& by_tma) {
+  __device__ __forceinline__ void load_tiles(const Task& task, const BoxTiles by_tma) {
+    constexpr int kPatience = 8;  // tiles gathered before tokens are looked at again
+    int look = 0;
     PageWindow window(params, task);
     Source next = find_tile(task, window, 0, by_tma.has(0)), source, before;
 #pragma unroll 1
@@ -174,7 +174,13 @@ struct KvProducer {
       before = source;
       source = next;
       if (t < task.tiles) {
-        if (is_run(source)) source.way = Way::kRun;
+        if (t >= look) {
+          if (is_run(source)) {
+            source.way = Way::kRun;
+          } else {
+            look = t + kPatience;
+          }
+        }
         if (t + 1 < task.tiles) next = find_tile(task, window, t + 1, by_tma.has(t + 1));
         load<false>(task, source);
       }
@@ -196,9 +202,9 @@ struct KvProducer {
     } else if (source.way == Way::kRun) {
       copy_run<kLines>(slot, full, map, task.kv_head, source.at[0]);
     } else if (kOfV) {
-      gather<kDim>(slot, full, source, task.v, p.kv.v_page, p.kv.v_token);
+      gather<kDim>(slot, full, source, task.v, params.v_steps);
     } else {
-      gather<kDim>(slot, full, source, task.k, p.kv.k_page, p.kv.k_token);
+      gather<kDim>(slot, full, source, task.k, params.k_steps);
     }
   }
 
@@ -211,7 +217,7 @@ struct KvProducer {
     }
     bool whole = token >= task.key_begin && token + kTileKv <= task.key_end;
     return {whole ? Way::kWhole : Way::kPart,
-            {find_token(task, token, lane), find_token(task, token, lane + 32)}};
+            {find_token(task, token, held()), find_token(task, token, held() + 32)}};
   }
 
   // Boxes are dealt out to the warps: a warp issues one at a time.
@@ -237,6 +243,9 @@ struct KvProducer {
     copy_box(slot + (line * kTileKv + row) * kLineBytes, map, full, line * kLine, at.offset, head, at.page);
   }
 
+  // The first of the warp's tokens that the lane knows: those of a pass at the same place in their lanes.
+  __device__ __forceinline__ int held() const { return lane % kLanes * kRows + lane / kLanes; }
+
   // n: of the warp's tokens, in their order. An entry of the page table in place of the page.
   __device__ __forceinline__ TokenPlace find_token(const Task& task, int tile_token, int n) const {
     int token = tile_token + first + n;
@@ -253,10 +262,8 @@ struct KvProducer {
   static constexpr uint32_t kNoKey = ~0u;
 
   // From the base, in 16 bytes, of which a cache has fewer than 2^32: check_cache in csrc/core.
-  __device__ __forceinline__ uint32_t offset_of(TokenPlace at, int64_t page_stride,
-                                                int64_t token_stride) const {
-    return at.page < 0 ? kNoKey
-                       : uint32_t(uint64_t(page_of(at) * page_stride + at.offset * token_stride) / 8);
+  __device__ __forceinline__ uint32_t offset_of(TokenPlace at, const Steps& steps) const {
+    return at.page < 0 ? kNoKey : page_of(at) * steps.page + at.offset * steps.token;
   }
 
   // Number of the token in a cache whose pages lie one behind the other.
@@ -266,10 +273,10 @@ struct KvProducer {
 
   __device__ __forceinline__ bool is_run(const Source& source) const {
     if (!params.runs || source.way != Way::kWhole) return false;
-    int before = slot_of(source.at[0]) - lane;  // the first token's slot, if it is one
-    int begin = __shfl_sync(~0u, before, 0);    // not behind &&: some lanes would wait for ever
-    return __all_sync(~0u, (lane >= tokens || before == begin) &&
-                               (lane + 32 >= tokens || slot_of(source.at[1]) - lane == begin + 32));
+    int before = slot_of(source.at[0]) - held();  // the first token's slot, if it is one
+    int begin = __shfl_sync(~0u, before, 0);      // not behind &&: some lanes would wait for ever
+    return __all_sync(~0u, (held() >= tokens || before == begin) &&
+                               (held() + 32 >= tokens || slot_of(source.at[1]) - held() == begin + 32));
   }
 
   // at: lane 0's is the first token.
@@ -291,47 +298,46 @@ struct KvProducer {
   // Tokens that are not keys of the tile become zero, unread. base already points at the KV head.
   template <int kDim>
   __device__ __forceinline__ void gather(uint32_t slot, uint32_t full, const Source& source,
-                                         const Element* base, int64_t page_stride,
-                                         int64_t token_stride) const {
-    constexpr int kChunks = (kDim + kLine - 1) / kLine * kLineChunks;
-    static_assert(kRows * kChunks <= 32 && kWarpTokens <= 64, "two tokens a lane");
-    const char* from = reinterpret_cast<const char*>(base + lane % kChunks * 8);
-    const uint32_t offsets[2] = {offset_of(source.at[0], page_stride, token_stride),
-                                 offset_of(source.at[1], page_stride, token_stride)};
+                                         const Element* base, const Steps& steps) const {
+    static_assert(kDim / 8 <= kLanes && kWarpTokens <= 64, "two tokens a lane");
+    auto from = reinterpret_cast<uintptr_t>(base) + lane % kLanes * 16;
+    const uint32_t offsets[2] = {offset_of(source.at[0], steps), offset_of(source.at[1], steps)};
     if (source.way == Way::kWhole) {
-      gather_rows<kChunks, kDim, true>(slot, from, offsets);
+      gather_rows<kDim, true>(slot, from, offsets);
     } else {
-      gather_rows<kChunks, kDim, false>(slot, from, offsets);
+      gather_rows<kDim, false>(slot, from, offsets);
     }
     barrier_arrive_copies(full);
   }
 
-  template <int kChunks, int kDim, bool kWhole>
-  __device__ __forceinline__ void gather_rows(uint32_t slot, const char* from,
-                                              const uint32_t (&held)[2]) const {
+  template <int kDim, bool kWhole>
+  __device__ __forceinline__ void gather_rows(uint32_t slot, uintptr_t from,
+                                              const uint32_t (&of_tokens)[2]) const {
     // passes looked up together, to wait for shuffles once
     constexpr int kBatch = kRunTokens / kRows < 8 ? kRunTokens / kRows : 8;
     // A line's place in eight repeats after 8 / kRows passes; between the halves of these one bit differs.
     constexpr int kKept = 4 / kRows;
     static_assert(kBatch % (8 / kRows) == 0 && kRunTokens % (kBatch * kRows) == 0);
-    int in_pass = lane / kChunks;
-    bool idle = (kRows * kChunks < 32 && in_pass >= kRows) || (kDim % kLine && lane % kChunks >= kDim / 8);
+    bool idle = lane % kLanes >= kDim / 8;
     uint32_t dst[kKept];
 #pragma unroll
     for (int i = 0; i < kKept; ++i)
-      dst[i] = slot + chunk_offset<kTileKv>(first + in_pass + i * kRows, lane % kChunks);
+      dst[i] = slot + chunk_offset<kTileKv>(first + lane / kLanes + i * kRows, lane % kLanes);
+    uint32_t next = of_tokens[0];  // of the passes to come, one lane behind the other
 #pragma unroll 1
-    for (int row = in_pass; row < tokens; row += kBatch * kRows) {
-      uint32_t offset = row < 32 ? held[0] : held[1], offsets[kBatch];
+    for (int row = 0; row < tokens; row += kBatch * kRows) {
+      if (row == 32) next = of_tokens[1];
+      uint32_t offsets[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) offsets[i] = __shfl_sync(~0u, offset, row + i * kRows);
+      for (int i = 0; i < kBatch; ++i) offsets[i] = __shfl_sync(~0u, next, i, kLanes);
+      next = __shfl_down_sync(~0u, next, kBatch, kLanes);
       if (idle) continue;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         bool key = kWhole || offsets[i] != kNoKey;
         uint32_t to = dst[i % kKept] ^ i / kKept % 2 * (kLineBytes / 2);
-        copy_async_16(to + i / kKept * (kKept * kRows * kLineBytes),
-                      from + (key ? offsets[i] : 0) * uint64_t(16), key);
+        auto at = reinterpret_cast<const void*>(from + (key ? offsets[i] : 0) * uint64_t(16));
+        copy_async_16(to + i / kKept * (kKept * kRows * kLineBytes), at, key);
       }
 #pragma unroll
       for (int i = 0; i < kKept; ++i) dst[i] += kBatch * kRows * kLineBytes;

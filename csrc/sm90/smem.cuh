@@ -6,6 +6,10 @@
 
 namespace fi::sm90 {
 
+struct Steps {  // of K, or of V, in 16 bytes; modulo 2^32, as offsets are
+  uint32_t page, token;
+};
+
 struct Params {
   AttentionParams attention;
   CUtensorMap k, v;    // [pages, kv_heads, page_size, head_dim]; box: box_tokens tokens, 64 columns;
@@ -15,6 +19,7 @@ struct Params {
   int32_t runs;        // 1: but tokens that lie one behind the other
   int32_t q_boxes;     // 1: wide tiles of queries come by TMA
   int32_t page_shift;  // log2 of the page size, -1: it is not a power of two
+  Steps k_steps, v_steps;
 };
 
 // The KV tiles of a task that come by TMA. Not those that hold tokens which are not the request's keys or lie

@@ -207,9 +207,15 @@ auto show(T value) {
 
 inline void __syncthreads() { emulate::block.pause(emulate::Wait::kBlock); }
 inline void __syncwarp() { emulate::block.pause(emulate::Wait::kWarp); }
+// width: lanes of a section, a power of two
 template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return emulate::show(value)(lane);
+T __shfl_sync(unsigned, T value, int lane, int width = 32) {
+  return emulate::show(value)(threadIdx.x % 32 / width * width + lane % width);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T value, int distance, int width) {
+  int lane = threadIdx.x % 32;
+  return emulate::show(value)(lane % width + distance < width ? lane + distance : lane);
 }
 template <class T>
 T __shfl_up_sync(unsigned, T value, int distance) {
