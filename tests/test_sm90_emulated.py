@@ -6,6 +6,7 @@ Instructions of the GPU are those of tests/emulate/csrc; what they cannot show i
 from __future__ import annotations
 
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -62,7 +63,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
             )
             addresses = emulated.address(library.fi_attention), emulated.address(library.fi_error)
             built[key] = jit.Executor(*addresses)
-            library.set_seed(len(built))
+            library.set_seed(zlib.crc32(key.encode()) % 1000)  # whatever tests ran before
         return built[key]
 
     return build
