@@ -12,8 +12,10 @@ from .tables import made, tables
 
 
 def mark(result: Result) -> str:
-    """Which marked block of the README the results belong into."""
+    """Which marked block of a page the results belong into."""
     suites = {row["suite"] for row in result["rows"]}
+    if suites == {"variants"}:
+        return "variant"
     if not suites & {"serve", "open loop"}:
         return "kernel"
     if "open loop" in suites:
