@@ -9,11 +9,13 @@ import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import checks
 import emulated
 import pytest
 from cases import Case, make
+from defined import ARGS, inputs_of
 from grid import EVERYTHING, LONG, MIXED, SMALL
 
 from fi_backend import jit
@@ -69,8 +71,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return build
 
 
-def check(build: Build, case: Case, workers: int, changes: dict[str, str] | None = None) -> None:
-    inputs = make(case)
+def check(build: Build, inputs: Any, workers: int, changes: dict[str, str] | None = None) -> None:
     dims = inputs.kv.head_dim_qk, inputs.kv.head_dim_vo
     tiles = Tiles(*tuple(jit.core().plan_tiles(90, 90, *dims))[:3], workers, 90)
     planner = checks.planner_for(inputs, tiles=tiles)
@@ -86,12 +87,17 @@ def check(build: Build, case: Case, workers: int, changes: dict[str, str] | None
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("workers", [3, 40])
 def test_attention(build: Build, case: Case, workers: int) -> None:
-    check(build, case, workers)
+    check(build, make(case), workers)
 
 
 @pytest.mark.parametrize("case", [MIXED, LONG], ids=str)
 def test_mixed_batches(build: Build, case: Case) -> None:
-    check(build, case, 4)
+    check(build, make(case), 4)
+
+
+@pytest.mark.parametrize("name", ARGS)
+def test_defined_variants(build: Build, name: str) -> None:
+    check(build, inputs_of(name, dtype="bf16"), 5)
 
 
 CONTROLS = {
@@ -107,4 +113,4 @@ CONTROLS = {
 @pytest.mark.parametrize("control", CONTROLS)
 def test_controls(build: Build, control: str) -> None:
     with pytest.raises((AssertionError, RuntimeError)):
-        check(build, DECODE, 3, CONTROLS[control])
+        check(build, make(DECODE), 3, CONTROLS[control])
