@@ -41,6 +41,8 @@ CASES = [
     replace(SMALL, head_dim=96),
     replace(SMALL, head_dim=192, head_dim_vo=128, variant="FULL"),
     replace(SMALL, head_dim=192, page_size=1, run=300),
+    replace(SMALL, head_dim=144, head_dim_vo=128, variant="FULL"),  # short lines for V too
+    replace(SMALL, head_dim=240, head_dim_vo=80, page_size=1, table="token", run=150),
     replace(SMALL, head_dim=256),
 ]
 
