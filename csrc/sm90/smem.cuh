@@ -12,9 +12,9 @@ struct Steps {  // of K, or of V, in 16 bytes; modulo 2^32, as offsets are
 
 struct Params {
   AttentionParams attention;
-  CUtensorMap k, v;    // [pages, kv_heads, page_size, head_dim]; box: box_tokens tokens, 64 columns;
-                       // runs: [1, kv_heads, pages * page_size, head_dim]; box: kRunTokens, 64 columns
-  CUtensorMap q;       // [1, tokens, q_heads, head_dim]; box: a wide tile's tokens and heads, 64 columns
+  CUtensorMap k, v;    // [pages, kv_heads, page_size, head_dim]; box: box_tokens tokens, a line;
+                       // runs: [1, kv_heads, pages * page_size, head_dim]; box: kRunTokens, a line
+  CUtensorMap q;       // [1, tokens, q_heads, head_dim]; box: a wide tile's tokens and heads, a line
   int32_t box_tokens;  // 0: TMA cannot read this cache page by page
   int32_t runs;        // 1: but tokens that lie one behind the other
   int32_t q_boxes;     // 1: wide tiles of queries come by TMA
