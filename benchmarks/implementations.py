@@ -10,6 +10,7 @@ import torch
 import fi_backend
 from fi_backend.variants import CAUSAL
 
+from .cases import Case
 from .data import Data
 from .variants import with_arguments
 
@@ -25,6 +26,12 @@ class Prepared:
 
 
 Prepare = Callable[[Data], Prepared]
+
+
+def refuse_variants(case: Case) -> None:
+    """Of a peer that is measured with plain causal attention alone. Raises Unsupported."""
+    if case.variant != "CAUSAL":
+        raise Unsupported(f"{case.variant} is not measured with it")
 
 
 def fi(data: Data) -> Prepared:

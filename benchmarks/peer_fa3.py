@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .data import Data
-from .implementations import Prepare, Prepared, Unsupported
+from .implementations import Prepare, Prepared, Unsupported, refuse_variants
 
 
 def _schedule(
@@ -14,6 +14,7 @@ def _schedule(
     from vllm.vllm_flash_attn import get_scheduler_metadata
 
     case = data.case
+    refuse_variants(case)
     if case.page_size == 1:
         raise Unsupported("FA3 refuses page size 1")
     return get_scheduler_metadata(

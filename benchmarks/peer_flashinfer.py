@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .data import Data
-from .implementations import Prepare, Prepared, Unsupported
+from .implementations import Prepare, Prepared, Unsupported, refuse_variants
 
 # of others some wrappers do not compile and one ends the process with an illegal instruction (0.6.14)
 HEAD_DIMS = (64, 128, 256)
@@ -34,6 +34,7 @@ def _prepared(
 ) -> Prepared:
     """tables: what the wrapper's plan takes before the heads. head_dims: how often it takes the head dim."""
     case = data.case
+    refuse_variants(case)
     if case.head_dim not in HEAD_DIMS:
         raise Unsupported(f"expected a head dim among {HEAD_DIMS}, got {case.head_dim}")
     shape = (case.q_heads, case.kv_heads, *(case.head_dim,) * head_dims, case.page_size)
