@@ -28,9 +28,9 @@ class PageImportance:
         self, k: torch.Tensor, v: torch.Tensor, *, q_heads: int, max_requests: int, keep: int
     ) -> None:
         """k, v [pages, kv_heads, page_size, head_dim], contiguous."""
-        self.pages, self.kv_heads, self.page_size, head_dim = k.shape
+        pages, self.kv_heads, self.page_size, head_dim = k.shape
         self.keep, self.group = keep, q_heads // self.kv_heads
-        self.least = k.new_full((self.pages, self.kv_heads, head_dim), torch.inf)
+        self.least = k.new_full((pages, self.kv_heads, head_dim), torch.inf)
         self.largest = -self.least
         self._k = k
         self._cache = KVCache.separate(k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None], "HND")

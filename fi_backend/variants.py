@@ -252,7 +252,6 @@ BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS, SI
 
 
 _defined: dict[str, Variant] = {}
-_FIELDS = {"mask": "mask", "keys": "mask", "logits": "logits", "weights": "weights"}  # of Feature
 _CONSTANTS = {  # of a defined functor
     "mask": "",
     "keys": "",
@@ -326,7 +325,7 @@ def define(
         text=body,
         place=place,
         definition=definition,
-        **{_FIELDS[kind]: eager},
+        **{"mask" if kind == "keys" else kind: eager},
     )
     if taken := _defined.get(name):
         old = taken.features[0]
