@@ -1,7 +1,7 @@
 // What expressions of fi_backend/expressions.py call. On a GPU without the branches of the exact functions,
 // which would cost a kernel its registers; relative errors below 1e-5 for moderate arguments.
 #pragma once
-#include "params.h"
+#include "variant.h"
 
 #if !defined(__CUDACC__)
 #include <cmath>
@@ -13,13 +13,24 @@ namespace fi::expression {
 FI_HD int32_t floor_quotient(int32_t a, int32_t b) { return a / b - (a % b != 0 && (a % b < 0) != (b < 0)); }
 FI_HD int32_t floor_remainder(int32_t a, int32_t b) { return a - floor_quotient(a, b) * b; }
 
+// an integer as a float
+template <class T>
+FI_HD float number(T x) {
+  return float(x);
+}
+FI_HD Distance number(Position p) { return p.distance(); }
+
 #if defined(__CUDA_ARCH__)
 FI_HD float quotient(float a, float b) { return __fdividef(a, b); }
+FI_HD Logit quotient(Logit a, float b) { return a * __fdividef(1.f, b); }
 FI_HD float exp(float x) { return __expf(x); }
 FI_HD float log(float x) { return __logf(x); }
 FI_HD float sqrt(float x) { return __fsqrt_rn(x); }
 // at the ends exp is 0 or inf
-FI_HD float tanh(float x) { return 1.f - __fdividef(2.f, 1.f + __expf(2.f * x)); }
+template <class X>
+FI_HD float tanh(X x) {
+  return 1.f - __fdividef(2.f, 1.f + __expf(2.f * x));
+}
 #else
 FI_HD float quotient(float a, float b) { return a / b; }
 FI_HD float exp(float x) { return expf(x); }

@@ -4,7 +4,11 @@
 // Args is the generated struct of named arguments (fi_spec.h). All logits are in natural units, already
 // scaled. Compose<F...> joins features: key ranges intersect, a key must be seen by all, logits transforms
 // apply left to right, at most one sink or function of weights.
+//
+// Executors pass logits as Logit and positions as Position; a functor may take float and int32_t instead.
 #pragma once
+#include <type_traits>
+
 #include "params.h"
 
 #if !defined(__CUDACC__)
@@ -25,6 +29,69 @@ struct Row {        // one query row
 
 struct KeyRange {  // keys [begin, end); both must not decrease with q_pos
   int32_t begin, end;
+};
+
+// Operators of the three types below are for a second operand of just that type; with any other, the first
+// becomes a number.
+template <class T, class Exactly, class Result>
+using For = std::enable_if_t<std::is_same_v<T, Exactly>, Result>;
+
+// raw * scale, not multiplied yet: a factor joins the scale, and a sum is one fused product.
+struct Logit {
+  float raw, scale;
+
+  FI_HD operator float() const { return raw * scale; }
+  template <class T>
+  friend FI_HD For<T, float, Logit> operator*(Logit x, T y) {
+    return {x.raw, x.scale * y};
+  }
+  template <class T>
+  friend FI_HD For<T, float, Logit> operator*(T y, Logit x) {
+    return x * y;
+  }
+  template <class T>
+  friend FI_HD For<T, float, float> operator+(Logit x, T y) {
+    return x.raw * x.scale + y;
+  }
+  template <class T>
+  friend FI_HD For<T, float, float> operator+(T y, Logit x) {
+    return x + y;
+  }
+  template <class T>
+  friend FI_HD For<T, float, float> operator-(Logit x, T y) {
+    return x + -y;
+  }
+};
+
+// first + step as a float; of the keys of a tile, steps are known when compiled, and `first` is one.
+struct Distance {
+  float first, step;
+
+  FI_HD operator float() const { return first + step; }
+  template <class T>
+  friend FI_HD For<T, float, float> operator*(T y, Distance d) {
+    return y * d.step + y * d.first;
+  }
+  template <class T>
+  friend FI_HD For<T, float, float> operator*(Distance d, T y) {
+    return y * d;
+  }
+};
+
+// first + step, of a key.
+struct Position {
+  int32_t first, step;
+
+  FI_HD operator int32_t() const { return first + step; }
+  FI_HD Distance distance() const { return {float(first), float(step)}; }
+  template <class T>
+  friend FI_HD For<T, int32_t, Position> operator-(Position p, T x) {
+    return {p.first - x, p.step};
+  }
+  template <class T>
+  friend FI_HD For<T, int32_t, Position> operator-(T x, Position p) {
+    return {x - p.first, -p.step};
+  }
 };
 
 struct SeesAll {
@@ -50,8 +117,8 @@ struct Feature {
   FI_HD static SeesAll mask(const A&, const Row&) {
     return {};
   }
-  template <class A>
-  FI_HD static float logits(const A&, float x, const Row&, int32_t) {
+  template <class A, class X>
+  FI_HD static X logits(const A&, X x, const Row&, Position) {
     return x;
   }
   template <class A>
@@ -60,7 +127,7 @@ struct Feature {
   }
   // of the logit x, after all logits transforms; a hidden key weighs 0
   template <class A>
-  FI_HD static float weights(const A&, float x, const Row&, int32_t) {
+  FI_HD static float weights(const A&, float x, const Row&, Position) {
     return x;
   }
 };
@@ -105,12 +172,13 @@ struct Tree : Feature {
 
 // cap * tanh(x / cap). On a GPU without the branches of tanhf and of an exact division, which would cost the
 // kernel its registers; the error stays below 1e-6 cap.
-FI_HD float capped(float x, float cap) {
+template <class X>
+FI_HD float capped(X x, float cap) {
 #if defined(__CUDA_ARCH__)
   float e, inverse;  // tanh(y) = 1 - 2 / (1 + exp(2y)); at the ends exp is 0 or inf
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * __fdividef(2.885390082f, cap)));  // 2 log2(e)
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(float(x * __fdividef(2.885390082f, cap))));  // 2 log2(e)
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + e));
-  return cap - 2.f * cap * inverse;
+  return (1.f - 2.f * inverse) * cap;  // not cap - 2 cap inverse: a register more
 #else
   return cap * tanhf(x / cap);
 #endif
@@ -118,17 +186,17 @@ FI_HD float capped(float x, float cap) {
 
 struct SoftCap : Feature {
   static constexpr bool kHasLogits = true;
-  template <class A>
-  FI_HD static float logits(const A& a, float x, const Row&, int32_t) {
+  template <class A, class X>
+  FI_HD static float logits(const A& a, X x, const Row&, Position) {
     return capped(x, a.soft_cap);
   }
 };
 
 struct Alibi : Feature {
   static constexpr bool kHasLogits = true;
-  template <class A>
-  FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
-    return x + a.alibi_slopes[r.q_head] * float(kv_pos - r.q_pos);
+  template <class A, class X>
+  FI_HD static float logits(const A& a, X x, const Row& r, Position kv_pos) {
+    return x + a.alibi_slopes[r.q_head] * (kv_pos - r.q_pos).distance();
   }
 };
 
@@ -141,24 +209,26 @@ struct Sinks : Feature {
   }
 };
 
-// 1 / (1 + exp(-x)). Not by tanh.approx, whose error of 2^-12 is more than the small weights themselves.
-FI_HD float sigmoid(float x) {
+// 1 / (1 + exp(-x - bias)). Not by tanh.approx, whose error of 2^-12 is more than the small weights
+// themselves.
+template <class X>
+FI_HD float sigmoid(X x, float bias) {
 #if defined(__CUDA_ARCH__)
   float e, y;  // at the ends exp is 0 or inf
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -kLog2e + bias * -kLog2e));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.f + e));
   return y;
 #else
-  return 1.f / (1.f + expf(-x));
+  return 1.f / (1.f + expf(-(x + bias)));
 #endif
 }
 
 // In place of softmax (FlashSigmoid). The bias is about -log(keys).
 struct Sigmoid : Feature {
   static constexpr bool kSoftmax = false;
-  template <class A>
-  FI_HD static float weights(const A& a, float x, const Row&, int32_t) {
-    return sigmoid(x + a.sigmoid_bias);
+  template <class A, class X>
+  FI_HD static float weights(const A& a, X x, const Row&, Position) {
+    return sigmoid(x, a.sigmoid_bias);
   }
 };
 
@@ -209,8 +279,8 @@ struct Compose<F, Rest...> {
   FI_HD static auto mask(const A& a, const Row& r) {
     return both(F::mask(a, r), Next::mask(a, r));
   }
-  template <class A>
-  FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
+  template <class A, class X>
+  FI_HD static auto logits(const A& a, X x, const Row& r, Position kv_pos) {
     return Next::logits(a, F::logits(a, x, r, kv_pos), r, kv_pos);
   }
   template <class A>
@@ -220,8 +290,8 @@ struct Compose<F, Rest...> {
     else
       return Next::sink(a, q_head);
   }
-  template <class A>
-  FI_HD static float weights(const A& a, float x, const Row& r, int32_t kv_pos) {
+  template <class A, class X>
+  FI_HD static float weights(const A& a, X x, const Row& r, Position kv_pos) {
     if constexpr (!F::kSoftmax)
       return F::weights(a, x, r, kv_pos);
     else
@@ -229,13 +299,14 @@ struct Compose<F, Rest...> {
   }
 };
 
-// What softmax works on, log2, or the weight itself. Of a hidden key it is kHidden.
+// The logit that softmax works on, or the weight itself. Of a hidden key it is kHidden.
 template <class Variant, class A>
-FI_HD float transformed(const A& a, float x, const Row& r, int32_t kv_pos) {
+FI_HD float transformed(const A& a, Logit x, const Row& r, Position kv_pos) {
+  auto logit = Variant::logits(a, x, r, kv_pos);
   if constexpr (Variant::kSoftmax)
-    return kLog2e * Variant::logits(a, x, r, kv_pos);
+    return logit;
   else
-    return Variant::weights(a, Variant::logits(a, x, r, kv_pos), r, kv_pos);
+    return Variant::weights(a, logit, r, kv_pos);
 }
 template <class Variant>
 constexpr bool kTransforms = Variant::kHasLogits || !Variant::kSoftmax;

@@ -203,7 +203,8 @@ class _Translator:
 def _as_float(part: Part) -> Part:
     if part.kind == "float":
         return part
-    return Part("float", f"float({part.text})", lambda s: _tensor(part.eager(s)).to(torch.float64))
+    text = f"expression::number({part.text})"
+    return Part("float", text, lambda s: _tensor(part.eager(s)).to(torch.float64))
 
 
 def _eager(apply: Callable[[Any, Any], Any], a: Part, b: Part) -> Callable[[Mapping[str, Any]], Any]:

@@ -67,8 +67,8 @@ template <class A>
 FI_HD static int32_t seen_before(const A&, const Row&) {{ return 0; }}"""
 _KEYS = """template <class A>
 FI_HD static KeyRange keys(const A& a, const Row& r) {{ return {{int32_t({}), int32_t({})}}; }}"""
-_NUMBER = """template <class A>
-FI_HD static float {}(const A& a, float x, const Row& r, int32_t kv_pos) {{ return {}; }}"""
+_NUMBER = """template <class A, class X>
+FI_HD static float {}(const A& a, X x, const Row& r, Position kv_pos) {{ return {}; }}"""
 
 
 def _eager_mask(part: Part) -> Callable[..., torch.Tensor]:

@@ -156,8 +156,9 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
   if (lo == hi) return 1.f;
 
   if constexpr (kTransforms<Variant>) {
-    for (int j = lo; j < hi; ++j) s[j] = transformed<Variant>(args, s[j], t.row[i], begin + j);
-  } else {
+    for (int j = lo; j < hi; ++j) s[j] = transformed<Variant>(args, {s[j], 1.f}, t.row[i], {begin + j, 0});
+  }
+  if constexpr (Variant::kSoftmax) {
     for (int j = lo; j < hi; ++j) s[j] *= kLog2e;
   }
   if (int j = std::max(lo, Variant::seen_before(args, t.row[i]) - begin); j < hi) {

@@ -59,7 +59,7 @@ struct RowState {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = s[n][2 * half + i];
-            x = transformed<Variant>(args, x * p.scale, r, first + 8 * n + i);
+            x = transformed<Variant>(args, {x, p.scale}, r, {first, 8 * n + i});
           }
       }
       if (masked) {
@@ -96,8 +96,8 @@ struct RowState {
   }
 
  private:
-  // from units of the scores: a logits transform leaves log2
-  __device__ __forceinline__ float to_log2() const { return Variant::kHasLogits ? 1.f : p.scale * kLog2e; }
+  // from units of the scores: a logits transform has scaled them
+  __device__ __forceinline__ float to_log2() const { return Variant::kHasLogits ? kLog2e : p.scale * kLog2e; }
 
   template <int kTokens>
   __device__ __forceinline__ void step_row(int r, Scores<kTokens>& s, Output& o, int half) {

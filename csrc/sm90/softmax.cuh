@@ -109,9 +109,9 @@ struct RowState {
   }
 
  private:
-  // a logits transform leaves log2
+  // a logits transform has scaled them
   __device__ __forceinline__ float log2_of_score() const {
-    return Variant::kHasLogits ? 1.f : p.scale * kLog2e;
+    return Variant::kHasLogits ? kLog2e : p.scale * kLog2e;
   }
 
   // Weights are at most 2^kSlack: a base moves when a score exceeds it by more, so that of most tiles nothing
@@ -168,7 +168,7 @@ struct RowState {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = s[4 * n + 2 * r + i];
-            x = transformed<Variant>(args, x * p.scale, query, first + 8 * n + i);
+            x = transformed<Variant>(args, {x, p.scale}, query, {first, 8 * n + i});
           }
       }
       if (masked) {
