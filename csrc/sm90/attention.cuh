@@ -256,6 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     prefetch_map(&params.v);
     prefetch_map(&params.q);
   }
+  if (threadIdx.x / 32 == 1) QueryProducer(params, smem).prefetch_plan();
   __syncthreads();
   wait_for_kernel_before();  // which may write the plan, queries, keys: anything
   let_next_kernel_launch();  // the merge, which reads the plan before it waits

@@ -16,6 +16,20 @@ struct QueryProducer {
   __device__ QueryProducer(const Params& all, const Smem& s)
       : params(all), p(all.attention), smem(s), lane(threadIdx.x % 32) {}
 
+  // What the first item is read from, one after the other, and the matrix products of a layer drive out of
+  // L2. Not read yet: the kernel before may be writing it.
+  __device__ __forceinline__ void prefetch_plan() const {
+    constexpr int kEntries = 128 / sizeof(int32_t);  // of a line of L2
+    if (lane == 0) {
+      prefetch(p.header);
+      prefetch(p.worker_indptr + blockIdx.x);
+      prefetch(p.items + blockIdx.x);  // near the first, where workers have few
+    }
+    int first = lane * kEntries;
+    if (first <= p.batch.num_requests) prefetch(p.batch.qo_indptr + first);
+    if (first < p.batch.num_requests) prefetch(p.batch.kv_len + first);
+  }
+
   __device__ __forceinline__ void run() const {
     const Args& args = *reinterpret_cast<const Args*>(p.variant_args);
     int slices = p.header->rounds * gridDim.x, slice = blockIdx.x;

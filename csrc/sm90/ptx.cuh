@@ -70,6 +70,11 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map));
 }
 
+// Into L2, from where a read takes half as long.
+__device__ __forceinline__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(address));
+}
+
 // The kernel behind this one in the stream may be launched; it waits for the end of this one by itself.
 __device__ __forceinline__ void let_next_kernel_launch() {
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");

@@ -62,6 +62,7 @@ inline void copy_box(uint32_t dst, const CUtensorMap* map, uint32_t barrier, int
 }
 
 inline void prefetch_map(const CUtensorMap*) {}
+inline void prefetch(const void*) {}
 inline void let_next_kernel_launch() {}
 inline void wait_for_kernel_before() {}
 inline void named_arrive(int id, int threads) {
