@@ -19,8 +19,9 @@ WINDOW = 1024  # keys of windowed variants
 class Case:
     """Causal attention of q_lens[r] query tokens, the last ones of kv_lens[r] keys, for each request r.
 
-    prefix: tokens, whole pages, that all requests share: their first keys. in_order: pages of a request lie
-    one behind the other, as an engine with an empty pool hands them out; otherwise anywhere. variant: a name;
+    prefix: tokens, whole pages, that all requests share: their first keys. pool: tokens of one cache, from
+    which every request reads random pages; 0: pages of its own. in_order: pages of a request lie one behind
+    the other, as an engine with an empty pool hands them out; otherwise anywhere. variant: a name;
     benchmarks/variants.py has its arguments.
     """
 
@@ -33,6 +34,7 @@ class Case:
     head_dim: int = 128
     page_size: int = 16
     prefix: int = 0
+    pool: int = 0
     in_order: bool = False
     variant: str = "CAUSAL"
 
@@ -43,16 +45,19 @@ class Case:
     @property
     def bytes(self) -> int:
         """Least traffic in 16-bit elements: every key and value once, queries and outputs once."""
-        keys = sum(self.kv_lens) - (len(self.kv_lens) - 1) * self.prefix
+        keys = self.pool or sum(self.kv_lens) - (len(self.kv_lens) - 1) * self.prefix
         kv = 2 * keys * self.kv_heads * self.head_dim
         return 2 * (kv + 2 * self.tokens * self.q_heads * self.head_dim)
 
     @property
     def flops(self) -> int:
         """Two products of head_dim for each visible (query, key) pair and query head."""
-        most = WINDOW if "WINDOW" in self.variant else max(self.kv_lens)
-        lens = zip(self.q_lens, self.kv_lens, strict=True)
-        pairs = sum(int(np.minimum(np.arange(kv - q, kv) + 1, most).sum()) for q, kv in lens)
+        lens = list(zip(self.q_lens, self.kv_lens, strict=True))
+        if self.variant == "FULL":
+            pairs = sum(q * kv for q, kv in lens)
+        else:
+            most = WINDOW if "WINDOW" in self.variant else max(self.kv_lens)
+            pairs = sum(int(np.minimum(np.arange(kv - q, kv) + 1, most).sum()) for q, kv in lens)
         return 4 * pairs * self.q_heads * self.head_dim
 
 
@@ -118,6 +123,15 @@ def _variants() -> Iterator[Case]:
             yield replace(_prefill(f"variant-16x{n}-{name}", 16, "constant", n, **shape), suite="variants")
 
 
+def _sparse() -> Iterator[Case]:
+    """Pages that were chosen, of long decodes and, for each block of 128 query tokens, of a long prefill."""
+    for percent in (100, 50, 25, 10):
+        kept, of_block = (-(-n * percent // 1600) * 16 for n in (32768, 8192))  # whole pages
+        yield _decode(f"sparse-decode-16x32768-{percent}", 16, "constant", kept)
+        blocks = Case("", "", (128,) * 64, (of_block,) * 64, pool=8192, variant="FULL")
+        yield replace(blocks, id=f"sparse-prefill-64x128-of-8192-{percent}")
+
+
 CASES = (
     _decode("decode-16x1024", 16, "constant", 1024),
     _decode("decode-16-uniform", 16, "uniform", 1024),
@@ -145,11 +159,12 @@ CASES = (
     _prefix(128, 16384, 128),
     *_shapes(),
     *_variants(),
+    *(replace(case, suite="sparse") for case in _sparse()),
     Case("verify-64x4-4096", "mixed", (4,) * 64, (4096,) * 64),
     Case("chunk-512-over-32768", "mixed", (512,), (32768,)),
     Case("mixed-128dec-2chunk", "mixed", (1,) * 128 + (1024,) * 2, (4096,) * 130),
 )
-SUITES = ("decode", "prefill", "mixed", "prefix", "shapes", "variants", "layers", "plan")
+SUITES = ("decode", "prefill", "mixed", "prefix", "shapes", "variants", "sparse", "layers", "plan")
 
 
 def of_suite(suite: str) -> list[Case]:

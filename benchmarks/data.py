@@ -48,23 +48,34 @@ def make(case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) 
     q_len = torch.tensor(case.q_lens, dtype=torch.int32)
     kv_len = torch.tensor(case.kv_lens, dtype=torch.int32)
     pages = (kv_len + case.page_size - 1) // case.page_size
-    shared = case.prefix // case.page_size
-    count = shared + int((pages - shared).sum())
-    order = torch.arange(count, dtype=torch.int32)
-    if not case.in_order:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(torch.int32)
-    table = torch.zeros(len(pages), int(pages.max()), dtype=torch.int32)
-    table[:, :shared] = order[:shared]
-    table[:, shared:][torch.arange(table.shape[1] - shared) < (pages - shared)[:, None]] = order[shared:]
+    count, table = tables(case, pages)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
 
-    cache = (len(order), case.page_size, case.kv_heads, case.head_dim)
+    cache = (count, case.page_size, case.kv_heads, case.head_dim)
     q = normal(case.tokens, case.q_heads, case.head_dim)
     k, v = normal(*cache), normal(*cache)
     indptr = offsets(q_len)
     return Data(case, q, k, v, torch.empty_like(q), table.to(device), indptr.to(device), kv_len.to(device))
+
+
+def tables(case: Case, pages: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Pages of the cache; page ids of each request, which uses so many [R, W]."""
+    rng = torch.Generator().manual_seed(0)
+    table = torch.zeros(len(pages), int(pages.max()), dtype=torch.int32)
+    if case.pool:
+        count = case.pool // case.page_size
+        for row, n in zip(table, pages.tolist(), strict=True):
+            row[:n] = torch.randperm(count, generator=rng)[:n].sort().values
+        return count, table
+    shared = case.prefix // case.page_size
+    count = shared + int((pages - shared).sum())
+    order = torch.arange(count) if case.in_order else torch.randperm(count, generator=rng)
+    table[:, :shared] = order[:shared]
+    used = torch.arange(table.shape[1] - shared) < (pages - shared)[:, None]
+    table[:, shared:][used] = order[shared:].to(torch.int32)
+    return count, table
 
 
 def relative_error(data: Data, out: torch.Tensor, rows: int = 64) -> float:
@@ -82,7 +93,7 @@ def relative_error(data: Data, out: torch.Tensor, rows: int = 64) -> float:
         head = int(torch.randint(case.q_heads, (), generator=rng))
         kv_head = head // (case.q_heads // case.kv_heads)
         heads, kv_heads = (slice(h, h + 1) if one_head else slice(None) for h in (head, kv_head))
-        visible = case.kv_lens[r] - case.q_lens[r] + t + 1
+        visible = case.kv_lens[r] - (0 if case.variant == "FULL" else case.q_lens[r] - t - 1)
         used = data.block_table[r, : -(-visible // case.page_size)].long()
         k, v = (cache[:, :, kv_heads][used].flatten(0, 1)[:visible] for cache in (data.k, data.v))
         row = int(data.qo_indptr[r]) + t

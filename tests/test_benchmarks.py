@@ -54,6 +54,16 @@ def test_least_work() -> None:
     assert prefill.flops == pytest.approx(1.3757e11, rel=1e-3)
 
 
+def test_chosen_pages() -> None:
+    case = next(c for c in of_suite("sparse") if c.pool)
+    case = replace(case, q_lens=(16,) * 4, kv_lens=(208,) * 4, q_heads=4, kv_heads=2, pool=1024)
+    data = make(case, torch.device("cpu"))
+    assert len(data.k) == 64
+    assert [len(set(row.tolist())) for row in data.block_table] == [13] * 4
+    assert not torch.equal(data.block_table[0], data.block_table[1])
+    assert measure(case, "fi", torch.device("cpu"))["rel_err"] < 5e-3
+
+
 def test_measure_and_report(tmp_path: Path) -> None:
     row = measure(SMALL, "fi", torch.device("cpu"))
     assert 0 < row["us_p10"] <= row["us"] <= row["us_p90"]
