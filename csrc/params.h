@@ -5,8 +5,10 @@
 
 #if defined(__CUDACC__)
 #define FI_HD __host__ __device__ __forceinline__
+#define FI_HD_CALL inline __host__ __device__ __noinline__
 #else
 #define FI_HD inline
+#define FI_HD_CALL inline
 #endif
 
 namespace fi {

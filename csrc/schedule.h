@@ -20,9 +20,21 @@ constexpr int32_t kMaxKvLen = 1 << 30;  // tokens; keeps tile arithmetic within 
 constexpr int32_t kMaxWorkers = 512;    // one thread of the device planner each
 constexpr int32_t kMaxRounds = 64;
 
-FI_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FI_HD int64_t at_least(int64_t x, int64_t floor) { return x < floor ? floor : x; }
-FI_HD int64_t at_most(int64_t x, int64_t limit) { return x > limit ? limit : x; }
+// Divisions are of numbers that are not negative. On a GPU those of 64 bits are calls of one function,
+// because the planner runs once a step and waits for its instructions more than for anything else.
+FI_HD_CALL int64_t quotient(int64_t a, int64_t b) { return int64_t(uint64_t(a) / uint64_t(b)); }
+FI_HD int64_t ceil_div(int64_t a, int64_t b) { return quotient(a + b - 1, b); }
+FI_HD int32_t quotient32(uint32_t a, uint32_t b) { return int32_t(a / b); }
+FI_HD int32_t ceil_div32(uint32_t a, uint32_t b) { return int32_t((a + b - 1) / b); }
+
+template <class A, class B>
+FI_HD auto at_least(A x, B floor) {
+  return x < floor ? floor : x;
+}
+template <class A, class B>
+FI_HD auto at_most(A x, B limit) {
+  return x > limit ? limit : x;
+}
 
 // Index of the last of n ascending values that is <= x. values[0] <= x must hold.
 template <class T>
@@ -51,49 +63,50 @@ struct Segment {
 
 struct Rows {  // the packed rows of a request
   int32_t tokens, kv_len;
-  int64_t rows;
+  int32_t rows;
   int32_t wide;  // more than one narrow tile
 };
 
-// Lengths read on the device cannot be refused: negative ones count as 0.
+// Lengths read on the device cannot be refused: negative ones count as 0, others are clamped to int32.
 FI_HD Rows rows_of(const PlanParams& p, int32_t request) {
   int64_t tokens = at_least(int64_t(p.qo_indptr[request + 1]) - p.qo_indptr[request], 0);
   int32_t kv_len = int32_t(at_most(at_least(p.kv_len[request], 0), kMaxKvLen));
-  int64_t rows = tokens * p.group;
+  int32_t rows = int32_t(at_most(tokens * p.group, INT32_MAX));
   return {int32_t(at_most(tokens, INT32_MAX)), kv_len, rows, rows > p.tile_q_narrow};
 }
 
-// KV tiles that any row of [row_begin, row_end) may see, widened to whole tiles.
+// KV tiles that any row from row_begin to row_last may see, widened to whole tiles.
 FI_HD Segment row_tile(const PlanParams& p, int32_t request, const Rows& r, int32_t index) {
-  int64_t width = r.wide ? p.tile_q_wide : p.tile_q_narrow;
-  int64_t row_begin = index * width, row_end = at_most(row_begin + width, r.rows);
-  int64_t position = int64_t(r.kv_len) - r.tokens;  // of the request's first query token
-  int64_t low = p.window > 0 ? at_least(position + row_begin / p.group - p.window + 1, 0) : 0;
-  int64_t high = p.causal ? at_most(position + (row_end - 1) / p.group + 1, r.kv_len) : r.kv_len;
+  int32_t width = r.wide ? p.tile_q_wide : p.tile_q_narrow;
+  int32_t row_begin = index * width, row_last = row_begin + at_most(width, r.rows - row_begin) - 1;
+  int32_t position = r.kv_len - r.tokens;  // of the request's first query token
+  int32_t tile_begin = 0, high = r.kv_len;
+  if (p.window > 0) {
+    int32_t first = at_least(position + quotient32(row_begin, p.group), 0);
+    tile_begin = quotient32(at_least(first - p.window + 1, 0), p.tile_kv);
+  }
+  if (p.causal) high = at_least(position + quotient32(row_last, p.group) + 1, 0);
   int32_t wide = r.wide || p.chunk_tiles > 0;
-  if (low >= high) return {request, int32_t(row_begin), 0, 0, wide, 0, 1};
-  int32_t tile_begin = int32_t(low) / p.tile_kv;
-  int32_t tile_end = int32_t(ceil_div(high, p.tile_kv));
-  return {request, int32_t(row_begin), tile_begin, tile_end - tile_begin, wide, 0, 1};
+  return {request, row_begin, tile_begin, ceil_div32(high, p.tile_kv) - tile_begin, wide, 0, 1};
 }
 
 // Chunks of a narrow tile lie on multiples of chunk_tiles of the request's own keys, whatever the rest of the
 // batch.
 FI_HD Segment chunk_of(const PlanParams& p, Segment tile, int32_t chunk) {
   if (p.chunk_tiles <= 0 || tile.tiles == 0) return tile;
-  int32_t first = tile.tile_begin / p.chunk_tiles;
+  int32_t first = quotient32(tile.tile_begin, p.chunk_tiles);
   int32_t tile_end = tile.tile_begin + tile.tiles;
   tile.chunk = chunk;
-  tile.chunks = int32_t(ceil_div(tile_end, p.chunk_tiles)) - first;
+  tile.chunks = ceil_div32(tile_end, p.chunk_tiles) - first;
   tile.tile_begin = int32_t(at_least((first + chunk) * int64_t(p.chunk_tiles), tile.tile_begin));
   tile.tiles = int32_t(at_most((first + chunk + 1) * int64_t(p.chunk_tiles), tile_end)) - tile.tile_begin;
   return tile;
 }
 
-FI_HD int64_t segment_count(const PlanParams& p, int32_t request) {
+FI_HD int32_t segment_count(const PlanParams& p, int32_t request) {
   Rows r = rows_of(p, request);
   if (r.rows == 0) return 0;
-  if (r.wide) return ceil_div(r.rows, p.tile_q_wide);
+  if (r.wide) return ceil_div32(r.rows, p.tile_q_wide);
   return chunk_of(p, row_tile(p, request, r, 0), 0).chunks;
 }
 
@@ -126,16 +139,17 @@ struct Line {
 FI_HD void measure(Line* line, const PlanParams& p) {
   line->total = line->start[line->segments] * p.kv_heads;
   line->slice = at_least(ceil_div(line->total, p.workers), kMinSlice);
+  line->rounds = 1;
+  if (line->wide == 0 || p.chunk_tiles > 0) return;
   // A round's ends and the cuts in it are moved by at most half a segment each: so they keep their order.
-  int64_t rounds = line->total / ((line->longest + kMinSlice) * p.workers + line->longest);
-  line->rounds =
-      line->wide > 0 && p.chunk_tiles == 0 ? int32_t(at_least(at_most(rounds, p.max_rounds), 1)) : 1;
+  int64_t rounds = quotient(line->total, (line->longest + kMinSlice) * p.workers + line->longest);
+  line->rounds = int32_t(at_least(at_most(rounds, p.max_rounds), 1));
 }
 
 // Spreading: segment s gets pieces_of(s, most) workers, and `most` is the least cost of KV tiles a worker
 // that needs no more than spread_workers() workers a KV head. Only the values from spread_least() up to
 // spread_limit() are tried: below it is hopeless, above it cutting by cost is better.
-FI_HD int32_t spread_workers(const PlanParams& p) { return p.workers / p.kv_heads; }
+FI_HD int32_t spread_workers(const PlanParams& p) { return quotient32(p.workers, p.kv_heads); }
 
 FI_HD int64_t spread_least(const PlanParams& p, const Line& line) {
   int64_t items =
@@ -154,7 +168,8 @@ FI_HD int64_t spread_limit(const PlanParams& p, const Line& line) {
 
 FI_HD int32_t pieces_of(const PlanParams& p, const Line& line, int32_t s, int64_t most) {
   int64_t tiles = line.start[s + 1] - line.start[s] - item_cost(p.cost, rows_of(p, line.request[s]).wide);
-  return int32_t(at_least(at_most(ceil_div(tiles, most), tiles / (kMinTiles * kWidestTile)), 1));
+  int64_t limit = quotient(tiles, kMinTiles * kWidestTile);
+  return int32_t(at_least(at_most(ceil_div(tiles, most), limit), 1));
 }
 
 // Unit = kv_head * segments + segment. The cut before KV tile `tile` of that unit; 0: before the whole unit.
@@ -165,33 +180,43 @@ struct Cut {
 FI_HD Cut spread_cut_before(const PlanParams& p, const Line& line, int32_t w) {
   int32_t workers = line.spread[line.segments];
   if (w >= workers * p.kv_heads) return {p.kv_heads * line.segments, 0};
-  int32_t head = w / workers;
+  int32_t head = quotient32(w, workers);
   int32_t s = last_not_above(line.spread, line.segments, w - head * workers);
   int32_t piece = w - head * workers - line.spread[s], pieces = line.spread[s + 1] - line.spread[s];
   int32_t unit = head * line.segments + s;
   if (piece == 0) return {unit, 0};
   int64_t tiles = segment_at(p, line.request[s], line.tile[s]).tiles;
-  return {unit, int32_t(tiles * piece / pieces)};
+  return {unit, int32_t(quotient(tiles * piece, pieces))};
+}
+
+struct Unit {
+  int32_t head, segment;
+};
+
+FI_HD Unit unit_at(const Line& line, int32_t unit) {
+  int32_t head = quotient32(unit, line.segments);
+  return {head, unit - head * line.segments};
 }
 
 // Where a unit begins on the cost line.
 FI_HD int64_t begin_of(const Line& line, int32_t unit) {
   if (line.segments == 0) return 0;
-  return unit / line.segments * line.start[line.segments] + line.start[unit % line.segments];
+  Unit u = unit_at(line, unit);
+  return u.head * line.start[line.segments] + line.start[u.segment];
 }
 
 // The unit whose begin is nearest to x, 0 <= x <= total.
 FI_HD int32_t nearest_unit(const PlanParams& p, const Line& line, int64_t x) {
   if (x >= line.total) return p.kv_heads * line.segments;
   int64_t length = line.start[line.segments];
-  int32_t head = int32_t(x / length);
+  int32_t head = int32_t(quotient(x, length));
   int64_t y = x - head * length;
   int32_t s = last_not_above(line.start, line.segments, y);
   return head * line.segments + s + (y - line.start[s] > line.start[s + 1] - y ? 1 : 0);
 }
 
 FI_HD int64_t round_begin(const PlanParams& p, const Line& line, int32_t round) {
-  return begin_of(line, nearest_unit(p, line, line.total / line.rounds * round));
+  return begin_of(line, nearest_unit(p, line, quotient(line.total, line.rounds) * round));
 }
 
 // Writes where worker w begins in the rounds before the last, and returns where on the line it should begin
@@ -199,7 +224,7 @@ FI_HD int64_t round_begin(const PlanParams& p, const Line& line, int32_t round) 
 FI_HD int64_t walk_rounds(const PlanParams& p, const Line& line, int32_t w) {
   int64_t have = 0, x = 0;  // have: what the workers before w got in the rounds so far
   for (int32_t round = 0; round < line.rounds; ++round) {
-    x = line.round_begin[round] + line.round_begin[round + 1] * w / p.workers - have;
+    x = line.round_begin[round] + quotient(line.round_begin[round + 1] * w, p.workers) - have;
     if (round + 1 == line.rounds) break;
     int32_t unit = nearest_unit(p, line, x);
     if (w < p.workers) p.worker_indptr[round * p.workers + w] = unit;
@@ -214,7 +239,7 @@ FI_HD Cut cut_before(const PlanParams& p, const Line& line, int32_t w, int64_t x
   if (line.spread) return spread_cut_before(p, line, w);
   if (w >= p.workers || x >= line.total) return {p.kv_heads * line.segments, 0};
   int64_t length = line.start[line.segments];
-  int32_t head = int32_t(x / length);
+  int32_t head = int32_t(quotient(x, length));
   int64_t y = x - head * length;
   int32_t s = last_not_above(line.start, line.segments, y);
   int32_t unit = head * line.segments + s;
@@ -265,7 +290,7 @@ FI_HD WorkItem item_between(const PlanParams& p, const Line& line, const Cut& le
                             const Cut& right, const Count& right_count, int32_t index, int32_t count) {
   if (is_inside(left)) index = index + 1 < count ? index + 1 : 0;
   int32_t unit = left.unit + index;
-  int32_t head = unit / line.segments, s = unit % line.segments;
+  auto [head, s] = unit_at(line, unit);
   Segment segment = segment_at(p, line.request[s], line.tile[s]);
   int32_t begin = 0, end = segment.tiles, slot = -1;
   if (unit == right.unit) {  // right.tile > 0, or this item would be the next worker's
@@ -282,13 +307,13 @@ FI_HD WorkItem item_between(const PlanParams& p, const Line& line, const Cut& le
 // The merge of the unit whose last inside cut is `closer`.
 FI_HD WorkItem merge_at(const PlanParams& p, const Line& line, const Cut& closer, const Count& count,
                         int32_t first_slot) {
-  int32_t head = closer.unit / line.segments, s = closer.unit % line.segments;
+  auto [head, s] = unit_at(line, closer.unit);
   return make_merge(segment_at(p, line.request[s], line.tile[s]), head, first_slot, slot_after(count) + 1);
 }
 
 // Batch invariant: every unit is an item; chunked row tiles own slots whatever the cuts.
 FI_HD WorkItem whole_item(const PlanParams& p, const Line& line, int32_t unit) {
-  int32_t head = unit / line.segments, s = unit % line.segments;
+  auto [head, s] = unit_at(line, unit);
   Segment segment = segment_at(p, line.request[s], line.tile[s]);
   int32_t slot = segment.chunks > 1 ? head * line.chunked_segments + p.chunk_slot[s] : -1;
   return make_item(p, segment, head, 0, segment.tiles, slot);
@@ -296,7 +321,7 @@ FI_HD WorkItem whole_item(const PlanParams& p, const Line& line, int32_t unit) {
 
 // Whether this unit is the chunk that writes its row tile's merge; if so *merge and *index are set.
 FI_HD bool chunk_merge(const PlanParams& p, const Line& line, int32_t unit, WorkItem* merge, int32_t* index) {
-  int32_t head = unit / line.segments, s = unit % line.segments;
+  auto [head, s] = unit_at(line, unit);
   Segment segment = segment_at(p, line.request[s], line.tile[s]);
   if (segment.chunks == 1 || segment.chunk > 0) return false;
   int32_t first_slot = head * line.chunked_segments + p.chunk_slot[s];
