@@ -31,7 +31,8 @@ void check_config(const PlanConfig& c) {
   require(c.room == kRoomCpu || c.room == kRoomSm80 || c.room == kRoomSm90,
           "expected tiles.room 0 (cpu), 80 or 90, got ", c.room);
   require_between("window", c.window, 0, kMaxKvLen);
-  require_between("chunk_tiles", c.chunk_tiles, 0, kAny);
+  require(c.chunk_tiles == 0 || c.chunk_tiles == kChunkTiles, "expected chunk_tiles 0 or ", kChunkTiles,
+          ", got ", c.chunk_tiles);  // the GPU's kernels are compiled for it
   require_between("max_requests", c.max_requests, 1, kAny);
   require_between("max_tokens", c.max_tokens, 1, kAny);
   require_between("max_kv_len", c.max_kv_len, 0, kMaxKvLen);

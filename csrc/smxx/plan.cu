@@ -10,15 +10,19 @@ namespace fi::smxx {
 
 constexpr int kPlanThreads = 1024;
 
-__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ PlanParams p) {
+template <bool kChunked>
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ PlanParams params) {
   __shared__ PlanShared<kPlanThreads> shared;
+  PlanParams p = params;  // a copy, in which the compiler knows the chunks: what is not for them is left out
+  p.chunk_tiles = kChunked ? kChunkTiles : 0;
   plan_block<kPlanThreads>(p, shared);
 }
 
 }  // namespace fi::smxx
 
 extern "C" int fi_plan(const fi::PlanParams* params, void* stream) {
-  fi::smxx::plan_kernel<<<1, fi::smxx::kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(*params);
+  auto kernel = params->chunk_tiles > 0 ? fi::smxx::plan_kernel<true> : fi::smxx::plan_kernel<false>;
+  kernel<<<1, fi::smxx::kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(*params);
   return cudaGetLastError();
 }
 
