@@ -166,9 +166,21 @@ FI_HD int64_t spread_limit(const PlanParams& p, const Line& line) {
   return at_most(line.slice + above, spread_least(p, line) + kSpreadTries - 1);
 }
 
+// Cost of segment s, and of its item alone and a KV tile: so its KV tiles are read off the line.
+struct Price {
+  int64_t all;
+  int32_t item, tile;
+};
+
+FI_HD Price price_of(const PlanParams& p, const Line& line, int32_t s) {
+  bool wide = rows_of(p, line.request[s]).wide;
+  return {line.start[s + 1] - line.start[s], item_cost(p.cost, wide), tile_cost(p.cost, wide)};
+}
+FI_HD int64_t tiles_of(const Price& price) { return quotient(price.all - price.item, price.tile); }
+
 FI_HD int32_t pieces_of(const PlanParams& p, const Line& line, int32_t s, int64_t most) {
-  int64_t tiles = line.start[s + 1] - line.start[s] - item_cost(p.cost, rows_of(p, line.request[s]).wide);
-  int64_t limit = quotient(tiles, kMinTiles * kWidestTile);
+  Price price = price_of(p, line, s);
+  int64_t tiles = price.all - price.item, limit = quotient(tiles, kMinTiles * kWidestTile);
   return int32_t(at_least(at_most(ceil_div(tiles, most), limit), 1));
 }
 
@@ -185,8 +197,7 @@ FI_HD Cut spread_cut_before(const PlanParams& p, const Line& line, int32_t w) {
   int32_t piece = w - head * workers - line.spread[s], pieces = line.spread[s + 1] - line.spread[s];
   int32_t unit = head * line.segments + s;
   if (piece == 0) return {unit, 0};
-  int64_t tiles = segment_at(p, line.request[s], line.tile[s]).tiles;
-  return {unit, int32_t(quotient(tiles * piece, pieces))};
+  return {unit, int32_t(quotient(tiles_of(price_of(p, line, s)) * piece, pieces))};
 }
 
 struct Unit {
@@ -205,14 +216,26 @@ FI_HD int64_t begin_of(const Line& line, int32_t unit) {
   return u.head * line.start[line.segments] + line.start[u.segment];
 }
 
-// The unit whose begin is nearest to x, 0 <= x <= total.
-FI_HD int32_t nearest_unit(const PlanParams& p, const Line& line, int64_t x) {
-  if (x >= line.total) return p.kv_heads * line.segments;
+// Where x lies, 0 <= x < total.
+struct Place {
+  int32_t unit, segment;
+  int64_t into;
+};
+
+FI_HD Place place_of(const Line& line, int64_t x) {
   int64_t length = line.start[line.segments];
   int32_t head = int32_t(quotient(x, length));
   int64_t y = x - head * length;
   int32_t s = last_not_above(line.start, line.segments, y);
-  return head * line.segments + s + (y - line.start[s] > line.start[s + 1] - y ? 1 : 0);
+  return {head * line.segments + s, s, y - line.start[s]};
+}
+
+// The unit whose begin is nearest to x, 0 <= x <= total.
+FI_HD int32_t nearest_unit(const PlanParams& p, const Line& line, int64_t x) {
+  if (x >= line.total) return p.kv_heads * line.segments;
+  Place at = place_of(line, x);
+  int64_t rest = line.start[at.segment + 1] - line.start[at.segment] - at.into;
+  return at.unit + (at.into > rest ? 1 : 0);
 }
 
 FI_HD int64_t round_begin(const PlanParams& p, const Line& line, int32_t round) {
@@ -237,23 +260,14 @@ FI_HD int64_t walk_rounds(const PlanParams& p, const Line& line, int32_t w) {
 // decrease with w, and two cuts inside one unit differ.
 FI_HD Cut cut_before(const PlanParams& p, const Line& line, int32_t w, int64_t x) {
   if (line.spread) return spread_cut_before(p, line, w);
-  if (w >= p.workers || x >= line.total) return {p.kv_heads * line.segments, 0};
-  int64_t length = line.start[line.segments];
-  int32_t head = int32_t(quotient(x, length));
-  int64_t y = x - head * length;
-  int32_t s = last_not_above(line.start, line.segments, y);
-  int32_t unit = head * line.segments + s;
-  int64_t into = y - line.start[s];
-  if (p.chunk_tiles > 0) {  // segments stay whole: the nearer end
-    return {unit + (into > line.start[s + 1] - y ? 1 : 0), 0};
-  }
-  Segment segment = segment_at(p, line.request[s], line.tile[s]);
-  int64_t tile =
-      at_most(ceil_div(at_least(into - item_cost(p.cost, segment.wide), 0), tile_cost(p.cost, segment.wide)),
-              segment.tiles);
-  if (tile < kMinTiles) return {unit, 0};
-  if (segment.tiles - tile < kMinTiles) return {unit + 1, 0};
-  return {unit, int32_t(tile)};
+  if (p.chunk_tiles > 0) return {nearest_unit(p, line, x), 0};  // segments stay whole
+  if (x >= line.total) return {p.kv_heads * line.segments, 0};
+  Place at = place_of(line, x);
+  Price price = price_of(p, line, at.segment);
+  int64_t tile = ceil_div(at_least(at.into - price.item, 0), price.tile);
+  if (tile < kMinTiles) return {at.unit, 0};
+  if (tiles_of(price) - tile < kMinTiles) return {at.unit + 1, 0};
+  return {at.unit, int32_t(tile)};
 }
 
 // Of the cuts 1..w: those inside a unit, and those that are the first inside theirs.
