@@ -184,7 +184,21 @@ FI_HD int32_t pieces_of(const PlanParams& p, const Line& line, int32_t s, int64_
   return int32_t(at_least(at_most(ceil_div(tiles, most), limit), 1));
 }
 
-// Unit = kv_head * segments + segment. The cut before KV tile `tile` of that unit; 0: before the whole unit.
+// Unit = kv_head * segments + segment.
+struct Unit {
+  int32_t head, segment;
+};
+
+FI_HD Unit unit_at(const Line& line, int32_t unit) {
+  int32_t head = quotient32(unit, line.segments);
+  return {head, unit - head * line.segments};
+}
+
+FI_HD Segment segment_of(const PlanParams& p, const Line& line, const Unit& u) {
+  return segment_at(p, line.request[u.segment], line.tile[u.segment]);
+}
+
+// The cut before KV tile `tile` of a unit; 0: before the whole unit.
 struct Cut {
   int32_t unit, tile;
 };
@@ -198,15 +212,6 @@ FI_HD Cut spread_cut_before(const PlanParams& p, const Line& line, int32_t w) {
   int32_t unit = head * line.segments + s;
   if (piece == 0) return {unit, 0};
   return {unit, int32_t(quotient(tiles_of(price_of(p, line, s)) * piece, pieces))};
-}
-
-struct Unit {
-  int32_t head, segment;
-};
-
-FI_HD Unit unit_at(const Line& line, int32_t unit) {
-  int32_t head = quotient32(unit, line.segments);
-  return {head, unit - head * line.segments};
 }
 
 // Where a unit begins on the cost line.
@@ -297,50 +302,61 @@ FI_HD WorkItem make_merge(const Segment& s, int32_t head, int32_t first_slot, in
   return {s.request, s.row_begin, head, first_slot, end_slot, -1, s.wide ? kWideTile : 0, 0};
 }
 
+// KV tiles [begin, end) of a unit, as far as it has them.
+struct Piece {
+  int32_t unit, begin, end, slot;
+};
+
+FI_HD Piece whole(int32_t unit) { return {unit, 0, INT32_MAX, -1}; }
+
 // Item number `index` of `count` of the worker between two neighbouring cuts. The rest of a unit that the
 // worker before began comes last: pieces that begin with a unit's first keys are then read in step, and rests
 // are reached when the others get there.
-FI_HD WorkItem item_between(const PlanParams& p, const Line& line, const Cut& left, const Count& left_count,
-                            const Cut& right, const Count& right_count, int32_t index, int32_t count) {
+FI_HD Piece piece_between(const Cut& left, const Count& left_count, const Cut& right,
+                          const Count& right_count, int32_t index, int32_t count) {
   if (is_inside(left)) index = index + 1 < count ? index + 1 : 0;
-  int32_t unit = left.unit + index;
-  auto [head, s] = unit_at(line, unit);
-  Segment segment = segment_at(p, line.request[s], line.tile[s]);
-  int32_t begin = 0, end = segment.tiles, slot = -1;
-  if (unit == right.unit) {  // right.tile > 0, or this item would be the next worker's
-    end = right.tile;
-    slot = slot_before_opener(right_count);
+  Piece piece = whole(left.unit + index);
+  if (piece.unit == right.unit) {  // right.tile > 0, or this item would be the next worker's
+    piece.end = right.tile;
+    piece.slot = slot_before_opener(right_count);
   }
   if (index == 0 && is_inside(left)) {
-    begin = left.tile;
-    slot = slot_after(left_count);
+    piece.begin = left.tile;
+    piece.slot = slot_after(left_count);
   }
-  return make_item(p, segment, head, begin, end, slot);
+  return piece;
+}
+
+FI_HD WorkItem item_of(const PlanParams& p, const Line& line, const Piece& piece) {
+  Unit u = unit_at(line, piece.unit);
+  Segment segment = segment_of(p, line, u);
+  return make_item(p, segment, u.head, piece.begin, at_most(piece.end, segment.tiles), piece.slot);
 }
 
 // The merge of the unit whose last inside cut is `closer`.
 FI_HD WorkItem merge_at(const PlanParams& p, const Line& line, const Cut& closer, const Count& count,
                         int32_t first_slot) {
-  auto [head, s] = unit_at(line, closer.unit);
-  return make_merge(segment_at(p, line.request[s], line.tile[s]), head, first_slot, slot_after(count) + 1);
+  Unit u = unit_at(line, closer.unit);
+  return make_merge(segment_of(p, line, u), u.head, first_slot, slot_after(count) + 1);
 }
 
 // Batch invariant: every unit is an item; chunked row tiles own slots whatever the cuts.
-FI_HD WorkItem whole_item(const PlanParams& p, const Line& line, int32_t unit) {
-  auto [head, s] = unit_at(line, unit);
-  Segment segment = segment_at(p, line.request[s], line.tile[s]);
-  int32_t slot = segment.chunks > 1 ? head * line.chunked_segments + p.chunk_slot[s] : -1;
-  return make_item(p, segment, head, 0, segment.tiles, slot);
+FI_HD int32_t slot_of(const PlanParams& p, const Line& line, const Unit& u) {
+  return u.head * line.chunked_segments + p.chunk_slot[u.segment];
+}
+
+FI_HD WorkItem chunk_item(const PlanParams& p, const Line& line, const Unit& u, const Segment& segment) {
+  int32_t slot = segment.chunks > 1 ? slot_of(p, line, u) : -1;
+  return make_item(p, segment, u.head, 0, segment.tiles, slot);
 }
 
 // Whether this unit is the chunk that writes its row tile's merge; if so *merge and *index are set.
-FI_HD bool chunk_merge(const PlanParams& p, const Line& line, int32_t unit, WorkItem* merge, int32_t* index) {
-  auto [head, s] = unit_at(line, unit);
-  Segment segment = segment_at(p, line.request[s], line.tile[s]);
+FI_HD bool chunk_merge(const PlanParams& p, const Line& line, const Unit& u, const Segment& segment,
+                       WorkItem* merge, int32_t* index) {
   if (segment.chunks == 1 || segment.chunk > 0) return false;
-  int32_t first_slot = head * line.chunked_segments + p.chunk_slot[s];
-  *merge = make_merge(segment, head, first_slot, first_slot + segment.chunks);
-  *index = head * line.chunked_tiles + p.chunk_merge[s];
+  int32_t first_slot = slot_of(p, line, u);
+  *merge = make_merge(segment, u.head, first_slot, first_slot + segment.chunks);
+  *index = u.head * line.chunked_tiles + p.chunk_merge[u.segment];
   return true;
 }
 

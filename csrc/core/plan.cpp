@@ -73,7 +73,7 @@ void plan_host(const PlanParams& p) {
   Cut left = begin_of_worker(0);
   Count left_count{};
   int32_t first_slot = 0;
-  for (int32_t unit = 0; unit < left.unit; ++unit) p.items[unit] = whole_item(p, line, unit);
+  for (int32_t unit = 0; unit < left.unit; ++unit) p.items[unit] = item_of(p, line, whole(unit));
   int32_t* last_round = p.worker_indptr + (line.rounds - 1) * p.workers;
   last_round[0] = left.unit;
   for (int32_t w = 1; w <= p.workers; ++w) {
@@ -85,10 +85,9 @@ void plan_host(const PlanParams& p) {
     }
     if (step.openers) first_slot = slot_before_opener(right_count);
     int32_t begin = first_item(left, left_count), end = first_item(right, right_count);
-    for (int32_t i = begin; i < end; ++i) {
-      p.items[i] = p.chunk_tiles > 0
-                       ? whole_item(p, line, i)
-                       : item_between(p, line, left, left_count, right, right_count, i - begin, end - begin);
+    for (int32_t i = begin; p.chunk_tiles == 0 && i < end; ++i) {
+      p.items[i] =
+          item_of(p, line, piece_between(left, left_count, right, right_count, i - begin, end - begin));
     }
     last_round[w] = end;
     left = right;
@@ -96,9 +95,12 @@ void plan_host(const PlanParams& p) {
   }
   *p.header = make_header(p, line, left_count, !fits);
   for (int32_t unit = 0; p.chunk_tiles > 0 && unit < p.header->items; ++unit) {
+    Unit u = unit_at(line, unit);
+    Segment segment = segment_of(p, line, u);
+    p.items[unit] = chunk_item(p, line, u, segment);
     WorkItem merge;
     int32_t index;
-    if (chunk_merge(p, line, unit, &merge, &index)) p.merges[index] = merge;
+    if (chunk_merge(p, line, u, segment, &merge, &index)) p.merges[index] = merge;
   }
 }
 

@@ -209,19 +209,22 @@ __device__ __forceinline__ void plan_block(const PlanParams& p, PlanShared<kThre
   }
   for (int32_t i = w; i < header.items; i += kThreads) {
     if (p.chunk_tiles > 0) {
-      store(p.items + i, whole_item(p, line, i));
+      Unit u = unit_at(line, i);
+      Segment segment = segment_of(p, line, u);
+      store(p.items + i, chunk_item(p, line, u, segment));
       WorkItem merge;
       int32_t index;
-      if (chunk_merge(p, line, i, &merge, &index)) store(p.merges + index, merge);
-    } else if (i < shared.indptr[0]) {  // before the last round no segment is cut
-      store(p.items + i, whole_item(p, line, i));
-    } else {
-      int32_t worker = last_not_above(shared.indptr, p.workers, i);
-      store(p.items + i,
-            item_between(p, line, shared.cut[worker], shared.count[worker], shared.cut[worker + 1],
-                         shared.count[worker + 1], i - shared.indptr[worker],
-                         shared.indptr[worker + 1] - shared.indptr[worker]));
+      if (chunk_merge(p, line, u, segment, &merge, &index)) store(p.merges + index, merge);
+      continue;
     }
+    Piece piece = whole(i);
+    if (i >= shared.indptr[0]) {  // before the last round no segment is cut
+      int32_t worker = last_not_above(shared.indptr, p.workers, i);
+      piece = piece_between(shared.cut[worker], shared.count[worker], shared.cut[worker + 1],
+                            shared.count[worker + 1], i - shared.indptr[worker],
+                            shared.indptr[worker + 1] - shared.indptr[worker]);
+    }
+    store(p.items + i, item_of(p, line, piece));
   }
 }
 
