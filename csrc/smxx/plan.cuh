@@ -6,10 +6,14 @@ namespace fi::smxx {
 
 constexpr int kSharedSegments = 1536;  // longer cost lines are searched in global memory
 
-// Exclusive prefix sum over the block; every thread gets the sum of all in *sum. Ends at a barrier, so sums
-// may be used again at once.
+struct Scan {
+  int64_t before, sum;  // of the threads before, and of all
+};
+
+// Prefix sum over the block. Ends at a barrier, so sums may be used again at once. A call: from the second on
+// its instructions are there.
 template <int kThreads>
-__device__ __forceinline__ int64_t scan(int64_t x, int64_t* sums, int64_t* sum) {
+__device__ __noinline__ Scan scan(int64_t x, int64_t* sums) {
   constexpr int kWarps = kThreads / 32;
   static_assert(kWarps >= 1 && kWarps <= 32, "the sums of all warps are added by one warp");
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -27,10 +31,10 @@ __device__ __forceinline__ int64_t scan(int64_t x, int64_t* sums, int64_t* sum) 
     long long below = __shfl_up_sync(0xffffffffu, warps, d);
     if (lane >= d) warps += below;
   }
-  *sum = __shfl_sync(0xffffffffu, warps, 31);
+  long long sum = __shfl_sync(0xffffffffu, warps, 31);
   long long before = __shfl_sync(0xffffffffu, warps, warp == 0 ? 0 : warp - 1);
   __syncthreads();
-  return (warp == 0 ? 0 : before) + inclusive - x;
+  return {(warp == 0 ? 0 : before) + inclusive - x, sum};
 }
 
 // Two counts below 2^31 in one scan.
@@ -71,14 +75,13 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   int32_t wide = 0;
   if (tid == 0) shared.longest = shared.wide = 0;  // the scans below are barriers
   for (int32_t r0 = 0; r0 < p.num_requests; r0 += kThreads) {
-    int64_t round;
-    int64_t first =
-        scan<kThreads>(tid < p.num_requests - r0 ? segment_count(p, r0 + tid) : 0, shared.sums, &round);
+    auto [first, round] =
+        scan<kThreads>(tid < p.num_requests - r0 ? segment_count(p, r0 + tid) : 0, shared.sums);
     shared.first[tid] = int32_t(at_most(first, INT32_MAX));
     __syncthreads();
     int64_t room = at_most(round, p.max_segments - segments);  // lengths are not to be trusted
     for (int64_t i0 = 0; i0 < room; i0 += kThreads) {
-      int64_t i = i0 + tid, s = segments + i, sum;
+      int64_t i = i0 + tid, s = segments + i;
       int32_t request = 0, index = 0;
       Segment segment{};
       int64_t own = 0, own_chunked = 0;
@@ -92,8 +95,9 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
         wide += segment.wide;
         own_chunked = pack(chunk_count(segment));
       }
-      int64_t start = cost + scan<kThreads>(own, shared.sums, &sum);
-      cost += sum;
+      Scan costs = scan<kThreads>(own, shared.sums);
+      int64_t start = cost + costs.before;
+      cost += costs.sum;
       if (i < room) {
         p.segment_start[s] = start;
         p.segment_request[s] = request;
@@ -105,8 +109,9 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
         }
       }
       if (p.chunk_tiles > 0) {
-        Count before = unpack(chunked + scan<kThreads>(own_chunked, shared.sums, &sum));
-        chunked += sum;
+        Scan chunks = scan<kThreads>(own_chunked, shared.sums);
+        Count before = unpack(chunked + chunks.before);
+        chunked += chunks.sum;
         if (i < room) {
           Count own_count = unpack(own_chunked);
           p.chunk_slot[s] = own_count.inside ? before.inside : -1;
@@ -160,10 +165,9 @@ __device__ __forceinline__ const int32_t* spread(const PlanParams& p, const Line
   unsigned fits = __ballot_sync(0xffffffffu, shared.fits[lane]);
   if (fits == 0) return nullptr;
   int64_t most = least + __ffs(fits) - 1;
-  int64_t sum;
-  int64_t before = scan<kThreads>(tid < line.segments ? pieces_of(p, line, tid, most) : 0, shared.sums, &sum);
-  if (tid < line.segments) shared.spread[tid] = int32_t(before);
-  if (tid == 0) shared.spread[line.segments] = int32_t(sum);
+  Scan pieces = scan<kThreads>(tid < line.segments ? pieces_of(p, line, tid, most) : 0, shared.sums);
+  if (tid < line.segments) shared.spread[tid] = int32_t(pieces.before);
+  if (tid == 0) shared.spread[line.segments] = int32_t(pieces.sum);
   __syncthreads();
   return shared.spread;
 }
@@ -190,16 +194,15 @@ __device__ __forceinline__ void plan_block(const PlanParams& p, PlanShared<kThre
   Count step{};
   if (w <= p.workers) cut = shared.cut[w];
   if (w >= 1 && w <= p.workers) step = count_cut(shared.cut[w - 1], cut);
-  int64_t sum;
-  int64_t before = scan<kThreads>(pack(step), shared.sums, &sum);
-  Count count = unpack(before + pack(step));
+  Scan counts = scan<kThreads>(pack(step), shared.sums);
+  Count count = unpack(counts.before + pack(step));
   if (w <= p.workers) {
     shared.count[w] = count;
     shared.indptr[w] = first_item(cut, count);
     last_round[w] = shared.indptr[w];
     if (step.openers) shared.first_slot[count.openers - 1] = slot_before_opener(count);
   }
-  PlanHeader header = make_header(p, line, unpack(sum), overflow);
+  PlanHeader header = make_header(p, line, unpack(counts.sum), overflow);
   if (w == 0) *p.header = header;
   __syncthreads();
 

@@ -18,6 +18,7 @@
 
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __global__ inline
 #define __shared__
 #define __grid_constant__
