@@ -75,8 +75,8 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   int32_t wide = 0;
   if (tid == 0) shared.longest = shared.wide = 0;  // the scans below are barriers
   for (int32_t r0 = 0; r0 < p.num_requests; r0 += kThreads) {
-    auto [first, round] =
-        scan<kThreads>(tid < p.num_requests - r0 ? segment_count(p, r0 + tid) : 0, shared.sums);
+    int32_t requests = at_most(p.num_requests - r0, kThreads);
+    auto [first, round] = scan<kThreads>(tid < requests ? segment_count(p, r0 + tid) : 0, shared.sums);
     shared.first[tid] = int32_t(at_most(first, INT32_MAX));
     __syncthreads();
     int64_t room = at_most(round, p.max_segments - segments);  // lengths are not to be trusted
@@ -86,7 +86,7 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
       Segment segment{};
       int64_t own = 0, own_chunked = 0;
       if (i < room) {
-        int32_t nth = last_not_above(shared.first, kThreads, int32_t(i));
+        int32_t nth = last_not_above(shared.first, requests, int32_t(i));
         request = r0 + nth;
         index = int32_t(i) - shared.first[nth];
         segment = segment_at(p, request, index);
@@ -157,6 +157,7 @@ __device__ __forceinline__ const int32_t* spread(const PlanParams& p, const Line
   if (limit < 0) return nullptr;
   int64_t least = spread_least(p, line);
   long long workers = 0;
+#pragma unroll 1  // most often one turn, of many instructions
   for (int32_t s = lane; s < line.segments; s += 32) workers += pieces_of(p, line, s, least + warp);
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) workers += __shfl_xor_sync(0xffffffffu, workers, d);
