@@ -116,9 +116,10 @@ FI_HD Segment segment_at(const PlanParams& p, int32_t request, int32_t index) {
   return r.wide ? row_tile(p, request, r, index) : chunk_of(p, row_tile(p, request, r, 0), index);
 }
 
-FI_HD int64_t segment_cost(const PlanParams& p, const Segment& s) {
-  return item_cost(p.cost, s.wide) + int64_t(s.tiles) * tile_cost(p.cost, s.wide);
+FI_HD int64_t cost_of(const PlanParams& p, bool wide, int32_t tiles) {
+  return item_cost(p.cost, wide) + int64_t(tiles) * tile_cost(p.cost, wide);
 }
+FI_HD int64_t segment_cost(const PlanParams& p, const Segment& s) { return cost_of(p, s.wide, s.tiles); }
 
 // The cost line, and where its tables can be read.
 struct Line {
@@ -130,7 +131,7 @@ struct Line {
   int32_t chunked_tiles;     // row tiles with several chunks: each has a merge
   const int32_t* spread;     // [segments + 1] workers of one KV head before each; null: cut by cost
   int32_t wide;              // segments that are
-  int64_t longest;           // cost of a segment
+  int32_t most_tiles[2];     // of a segment: of narrow ones, of wide ones
   int32_t rounds;
   const int64_t* round_begin;  // [rounds + 1] on the line; set where rounds > 1
   int64_t slice, total;
@@ -142,7 +143,8 @@ FI_HD void measure(Line* line, const PlanParams& p) {
   line->rounds = 1;
   if (line->wide == 0 || p.chunk_tiles > 0) return;
   // A round's ends and the cuts in it are moved by at most half a segment each: so they keep their order.
-  int64_t rounds = quotient(line->total, (line->longest + kMinSlice) * p.workers + line->longest);
+  int64_t longest = at_least(cost_of(p, true, line->most_tiles[1]), cost_of(p, false, line->most_tiles[0]));
+  int64_t rounds = quotient(line->total, (longest + kMinSlice) * p.workers + longest);
   line->rounds = int32_t(at_least(at_most(rounds, p.max_rounds), 1));
 }
 

@@ -20,7 +20,8 @@ bool build_line(const PlanParams& p, Line* line) {
       p.segment_request[segments] = r;
       p.segment_tile[segments] = i;
       cost += segment_cost(p, segment);
-      line->longest = at_least(line->longest, segment_cost(p, segment));
+      int32_t& most = line->most_tiles[segment.wide];
+      most = at_least(most, segment.tiles);
       line->wide += segment.wide;
       if (p.chunk_tiles > 0) {
         Count count = chunk_count(segment);
@@ -34,7 +35,7 @@ bool build_line(const PlanParams& p, Line* line) {
   if (!fits) {
     cost = segments = 0;
     line->chunked_segments = line->chunked_tiles = 0;
-    line->longest = line->wide = 0;
+    line->most_tiles[0] = line->most_tiles[1] = line->wide = 0;
   }
   line->start = p.segment_start;
   line->request = p.segment_request;

@@ -47,6 +47,12 @@ __device__ __forceinline__ void store(WorkItem* to, const WorkItem& item) {
   words[1] = make_int4(item.kv_end, item.slot, item.flags, item.level);
 }
 
+// One atomic a warp: lanes would take turns.
+__device__ __forceinline__ void raise(int32_t* to, int32_t x) {
+  x = __reduce_max_sync(0xffffffffu, x);
+  if (threadIdx.x % 32 == 0 && x > 0) atomicMax(to, x);
+}
+
 template <int kThreads>
 struct PlanShared {
   int64_t sums[32];
@@ -61,7 +67,7 @@ struct PlanShared {
   int32_t spread[kMaxWorkers + 1];
   int32_t fits[kSpreadTries];
   int64_t round_begin[kMaxRounds + 1];
-  unsigned long long longest;
+  int32_t most_tiles[2];
   int32_t wide;
 };
 
@@ -71,9 +77,9 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
                                            bool* overflow) {
   int tid = threadIdx.x;
   int64_t segments = 0, cost = 0, chunked = 0;
-  long long longest = 0;
-  int32_t wide = 0;
-  if (tid == 0) shared.longest = shared.wide = 0;  // the scans below are barriers
+  int32_t most_narrow = 0, most_wide = 0, wide = 0;
+  if (tid == 0)
+    shared.most_tiles[0] = shared.most_tiles[1] = shared.wide = 0;  // the scans below are barriers
   for (int32_t r0 = 0; r0 < p.num_requests; r0 += kThreads) {
     int32_t requests = at_most(p.num_requests - r0, kThreads);
     auto [first, round] = scan<kThreads>(tid < requests ? segment_count(p, r0 + tid) : 0, shared.sums);
@@ -91,7 +97,8 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
         index = int32_t(i) - shared.first[nth];
         segment = segment_at(p, request, index);
         own = segment_cost(p, segment);
-        longest = at_least(longest, own);
+        most_narrow = at_least(most_narrow, segment.wide ? 0 : segment.tiles);
+        most_wide = at_least(most_wide, segment.wide ? segment.tiles : 0);
         wide += segment.wide;
         own_chunked = pack(chunk_count(segment));
       }
@@ -125,7 +132,8 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   *overflow = segments > p.max_segments;
   if (*overflow) segments = cost = chunked = 0;
   if (!*overflow) {
-    if (longest > 0) atomicMax(&shared.longest, static_cast<unsigned long long>(longest));
+    raise(&shared.most_tiles[0], most_narrow);
+    raise(&shared.most_tiles[1], most_wide);
     if (wide > 0) atomicAdd(&shared.wide, wide);
   }
   bool fits = segments <= kSharedSegments;
@@ -141,7 +149,8 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   line.segments = int32_t(segments);
   line.chunked_segments = unpack(chunked).inside;
   line.chunked_tiles = unpack(chunked).openers;
-  line.longest = int64_t(shared.longest);
+  line.most_tiles[0] = shared.most_tiles[0];
+  line.most_tiles[1] = shared.most_tiles[1];
   line.wide = shared.wide;
   measure(&line, p);
   return line;

@@ -249,8 +249,8 @@ inline int __reduce_min_sync(unsigned, int value) {
   return reduce_sync(value, [](int a, int b) { return a < b ? a : b; });
 }
 // one thread runs at a time
-inline unsigned long long atomicMax(unsigned long long* to, unsigned long long value) {
-  unsigned long long before = *to;
+inline int atomicMax(int* to, int value) {
+  int before = *to;
   if (value > before) *to = value;
   return before;
 }
