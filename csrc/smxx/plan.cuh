@@ -78,23 +78,24 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   int tid = threadIdx.x;
   int64_t segments = 0, cost = 0, chunked = 0;
   int32_t most_narrow = 0, most_wide = 0, wide = 0;
-  if (tid == 0)
-    shared.most_tiles[0] = shared.most_tiles[1] = shared.wide = 0;  // the scans below are barriers
+  // the scans below are barriers
+  if (tid == 0) shared.most_tiles[0] = shared.most_tiles[1] = shared.wide = 0;
   for (int32_t r0 = 0; r0 < p.num_requests; r0 += kThreads) {
     int32_t requests = at_most(p.num_requests - r0, kThreads);
     auto [first, round] = scan<kThreads>(tid < requests ? segment_count(p, r0 + tid) : 0, shared.sums);
     shared.first[tid] = int32_t(at_most(first, INT32_MAX));
     __syncthreads();
-    int64_t room = at_most(round, p.max_segments - segments);  // lengths are not to be trusted
-    for (int64_t i0 = 0; i0 < room; i0 += kThreads) {
-      int64_t i = i0 + tid, s = segments + i;
+    // lengths are not to be trusted
+    int32_t room = int32_t(at_most(round, p.max_segments - segments));
+    for (int32_t i0 = 0; i0 < room; i0 += kThreads) {
+      int32_t i = i0 + tid, s = int32_t(segments) + i;
       int32_t request = 0, index = 0;
       Segment segment{};
       int64_t own = 0, own_chunked = 0;
       if (i < room) {
-        int32_t nth = last_not_above(shared.first, requests, int32_t(i));
+        int32_t nth = last_not_above(shared.first, requests, i);
         request = r0 + nth;
-        index = int32_t(i) - shared.first[nth];
+        index = i - shared.first[nth];
         segment = segment_at(p, request, index);
         own = segment_cost(p, segment);
         most_narrow = at_least(most_narrow, segment.wide ? 0 : segment.tiles);
@@ -130,8 +131,9 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
     if (segments > p.max_segments) break;
   }
   *overflow = segments > p.max_segments;
-  if (*overflow) segments = cost = chunked = 0;
-  if (!*overflow) {
+  if (*overflow) {
+    segments = cost = chunked = 0;
+  } else {
     raise(&shared.most_tiles[0], most_narrow);
     raise(&shared.most_tiles[1], most_wide);
     if (wide > 0) atomicAdd(&shared.wide, wide);
