@@ -24,8 +24,10 @@ FI_HD constexpr int32_t max_rounds_for(int room) { return room == kRoomSm90 ? 32
 FI_HD constexpr Tiles tiles_for(int room, int arch, int head_dim_qk, int head_dim_vo) {
   int widest = head_dim_qk > head_dim_vo ? head_dim_qk : head_dim_vo;
   if (room == kRoomCpu) return {64, 16, 64, 4};
-  if (room == kRoomSm90)
-    return {128, 64, widest > 192 ? 64 : widest > 128 ? 96 : 128, 1};  // 64 rows a warpgroup
+  if (room == kRoomSm90) {  // 64 rows a warpgroup; as many keys as fit its registers beside the output
+    int keys = widest > 192 ? 64 : widest > 128 ? 96 : widest > 96 ? 128 : 160;
+    return {128, 64, keys, 1};
+  }
   if (widest > 128) return {64, 16, 64, 1};    // 16 rows a warp: 32 would not fit the registers
   bool small_smem = arch == 86 || arch == 89;  // 99 KiB a multiprocessor
   return {128, 16, 64, small_smem ? 1 : 2};

@@ -273,7 +273,7 @@ RUNS = "TMA where half a tile's tokens lie one behind the other in the cache; cp
         ("", "sm90|every condition of sm90 holds|q_wide 128, q_narrow 64, kv 128"),
         ("--head-dim 256", "sm90|every condition of sm90 holds|q_wide 128, q_narrow 64, kv 64"),
         ("--head-dim-vo 192", "sm80|head_dim_vo 192 exceeds head_dim 128|q_wide 64, q_narrow 16, kv 64"),
-        ("--head-dim 96", "sm90|every condition of sm90 holds|q_wide 128, q_narrow 64, kv 128"),
+        ("--head-dim 96", "sm90|every condition of sm90 holds|q_wide 128, q_narrow 64, kv 160"),
         (
             "--head-dim 48",
             "sm80|head_dim_vo 48 is not among (64, 80, 96, 112, 128, 192, 256)"
