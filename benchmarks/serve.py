@@ -85,7 +85,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repeat", type=int, default=2, help="runs of a case, the best counts")
     add_process_options(parser)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:

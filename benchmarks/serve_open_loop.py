@@ -1,8 +1,9 @@
 """Latencies under load: Llama-3.1-8B shape with dummy weights in vLLM, ours and vLLM's own backends.
 
-`python -m benchmarks serve --engine vllm --open-loop --rate 40 --out FILE` starts one engine process after
-another; to each come the same requests of ShareGPT-like lengths at the same times. Every figure is in FILE at
-once; what no longer fits into --minutes is left out and said so. Compare figures only within one run.
+`python -m benchmarks serve --engine vllm --open-loop --rate 20 --out FILE` starts all engines at once; when
+they have imported vLLM they start up and serve in turns. To each come the same requests of ShareGPT-like
+lengths at the same times. Every figure is in FILE at once; what no longer fits into --minutes is left out and
+said so. Compare figures only within one run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from .engine_process import COMMAND, run, say, tell
+from . import turns
+from .engine_process import COMMAND, say, tell
 from .lengths import sharegpt
 from .open_loop import Send, arrivals, drive, figures
 from .serve import Report, Requests, add_process_options, machine, make_model, prompts
@@ -34,6 +36,7 @@ async def _serve(args: argparse.Namespace) -> None:
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    turns.wait_for_turn(args.gate)
     options = AsyncEngineArgs(**engine_options(args.model, args.child), disable_log_stats=True)
     # steps as long as those of `vllm serve`
     engine = AsyncLLM.from_engine_args(options, usage_context=UsageContext.OPENAI_API_SERVER)
@@ -67,6 +70,16 @@ async def _serve(args: argparse.Namespace) -> None:
     engine.shutdown()
 
 
+def contender(backend: str, args: argparse.Namespace, folder: Path, report: Report) -> turns.Contender:
+    command = [*COMMAND, "vllm", "--open-loop", "--child", backend, "--model", str(folder / "llama")]
+    command += ["--traffic", str(args.traffic), "--rate", *map(str, args.rate)]
+
+    def receive(row: dict[str, Any]) -> None:
+        report.add(backend, suite="open loop", **row)
+
+    return turns.Contender(command, folder / backend, receive, {})
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks serve --engine vllm --open-loop", description=__doc__
@@ -78,6 +91,7 @@ def main(arguments: list[str]) -> None:
         "--backends", default="FLASH_ATTN,CUSTOM,TRITON_ATTN,FLASHINFER", help="in turn (%(default)s)"
     )
     parser.add_argument("--layers", type=int, default=32, help="fewer only to try it (%(default)s)")
+    parser.add_argument("--gate", type=Path, help=argparse.SUPPRESS)
     add_process_options(parser)
     args = parser.parse_args(arguments)
     if args.child:
@@ -86,19 +100,18 @@ def main(arguments: list[str]) -> None:
     end = time.monotonic() + 60 * args.minutes
     report, names = Report(args.out, machine("vllm")), args.backends.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder, "llama"), args.layers)
-        for place, backend in enumerate(names):
-            left = end - time.monotonic()
-            if left < 30 + args.traffic:
-                report.add(backend, "run", suite="open loop", failed="no time left")
-                continue
-            seconds = min(left, 1.5 * left / (len(names) - place))
-            say(f"{backend}, at most {seconds:.0f} s ...")
-            command = [*COMMAND, "vllm", "--open-loop", "--child", backend, "--model", str(model)]
-            command += ["--traffic", str(args.traffic), "--rate", *map(str, args.rate)]
-
-            def receive(row: dict[str, Any], backend: str = backend) -> None:
-                report.add(backend, suite="open loop", **row)
-
-            if code := run(command, seconds, receive, {}):
-                report.add(backend, "run", suite="open loop", failed=f"exit code {code}")
+        make_model(Path(folder, "llama"), args.layers)
+        engines = [contender(name, args, Path(folder), report) for name in names]
+        try:
+            for place, (engine, backend) in enumerate(zip(engines, names, strict=True)):
+                left = end - time.monotonic()
+                if left < 25 + args.traffic:
+                    report.add(backend, "run", suite="open loop", failed="no time left")
+                    continue
+                seconds = min(left, 1.5 * left / (len(names) - place))
+                say(f"{backend}, at most {seconds:.0f} s ...")
+                if code := engine.run(seconds):
+                    report.add(backend, "run", suite="open loop", failed=f"exit code {code}")
+        finally:
+            for engine in engines:
+                engine.stop()

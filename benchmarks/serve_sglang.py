@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from .engine_process import COMMAND, EngineProcess, last_error, say, tell
+from . import turns
+from .engine_process import COMMAND, last_error, say, tell
 from .serve import (
     CASES,
     CONTEXT,
@@ -65,11 +65,7 @@ def gated_scheduler(gate: Path, *args: Any, **kwargs: Any) -> None:
     """SGLang's scheduler process, which alone uses the GPU: imports, then waits until the gate is there."""
     from sglang.srt.managers.scheduler import run_scheduler_process
 
-    parent = os.getppid()
-    while not gate.exists():
-        if os.getppid() != parent:
-            return
-        time.sleep(0.05)
+    turns.wait_for_turn(gate)
     run_scheduler_process(*args, **kwargs)
 
 
@@ -83,9 +79,8 @@ def child(args: argparse.Namespace) -> None:
     options = WARM_OPTIONS if args.warm else OPTIONS
     # neighbours that start together must not pick each other's port
     engine = Gated(model_path=str(args.model), nccl_port=args.port, **{**options, **BACKENDS[args.child]})
-    opened = args.gate.stat().st_mtime
     if not args.warm:
-        tell(case="start-up", seconds=round(time.time() - opened, 2))
+        tell(case="start-up", seconds=round(time.time() - turns.begin(args.gate), 2))
 
     def generate(requests: Requests, seed: int) -> float:
         sampling = [{"temperature": 0, "max_new_tokens": n, "ignore_eos": True} for _, n in requests]
@@ -106,8 +101,7 @@ def child(args: argparse.Namespace) -> None:
     else:
         tell(case="first answer", seconds=round(first, 3))
         generate([(300, 8)] * 32, 1)  # first use of the sampler's own kernels
-        seconds = float(args.gate.read_text())
-        time_cases(generate, args.case, args.repeat, time.monotonic() + seconds - (time.time() - opened))
+        time_cases(generate, args.case, args.repeat, turns.deadline(args.gate))
     engine.shutdown()
 
 
@@ -122,16 +116,15 @@ class Contender:
         self.rows: list[dict[str, Any]] = []
         self._report: Report = args.report
         stem = f"{name}-warm" if warm else name
-        self._gate = folder / stem
         self._log = args.out.with_name(f"{args.out.stem}-{stem}.log")
         model = folder / ("one-layer" if warm else "llama-8b")
         command = [*COMMAND, "sglang", "--child", name, "--model", str(model)]
-        command += ["--gate", str(self._gate), "--port", str(port), "--repeat", str(args.repeat)]
+        command += ["--port", str(port), "--repeat", str(args.repeat)]
         command += ["--warm"] if warm else []
         for case in args.case:
             command += ["--case", case]
         with self._log.open("w") as errors:
-            self._process = EngineProcess(command, self._receive, {}, errors)
+            self._engine = turns.Contender(command, folder / stem, self._receive, {}, errors)
 
     def _receive(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -139,18 +132,15 @@ class Contender:
             self._report.add(impl=self.name, **row)
 
     def run(self, seconds: float) -> None:
-        """Opens the gate and waits for the end, at most `seconds`."""
-        partial = self._gate.with_suffix(".partial")
-        partial.write_text(f"{seconds - 10:.0f}")  # it stops by itself before it is stopped
-        partial.rename(self._gate)
-        code = self._process.wait(seconds)
+        """Its turn, of at most `seconds`."""
+        code = self._engine.run(seconds)
         if code or not self.rows:
             stage = "warming" if self.warm else "run"
             reason = f"exit code {code}: {last_error(self._log)}"
             self._report.add(impl=self.name, case=stage, failed=reason)
 
     def stop(self) -> None:
-        self._process.stop()
+        self._engine.stop()
 
 
 def measure(args: argparse.Namespace, folder: Path, end: float) -> None:

@@ -1,9 +1,9 @@
 """Whole-engine figures: Llama-3.1-8B shape with dummy weights in vLLM, ours and FLASH_ATTN.
 
-`python -m benchmarks serve --engine vllm --out FILE` starts one engine process after another and times the
-starts: the peer, ours with an empty kernel cache, the peer again (warm machine), ours again (kernels cached).
-Every figure is in FILE at once; what no longer fits into --minutes is left out and said so. Compare figures
-only within one run.
+`python -m benchmarks serve --engine vllm --out FILE` starts all engines at once; when they have imported vLLM
+they start up and serve in turns: the peer, ours with an empty kernel cache, the peer again (warm machine),
+ours again (kernels cached). Every figure is in FILE at once; what no longer fits into --minutes is left out
+and said so. Compare figures only within one run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .engine_process import COMMAND, run, say, tell
+from . import turns
+from .engine_process import COMMAND, say, tell
 from .serve import CONTEXT, MAX_REQUESTS, Report, Requests, add_options, machine, make_model, time_cases
 from .serve import prompts as token_ids
 
@@ -46,13 +47,12 @@ def engine_options(model: Path, backend: str) -> dict[str, Any]:
 
 def child(args: argparse.Namespace) -> None:
     """One engine: start-up, then the cases."""
-    begin = time.monotonic()
     from vllm import LLM, SamplingParams
 
-    imported = time.monotonic()
+    turns.wait_for_turn(args.gate)
+    begin = time.monotonic()
     llm = LLM(**engine_options(args.model, args.child))
-    started = time.monotonic()
-    tell(case="start-up", seconds=round(started - imported, 2), import_seconds=round(imported - begin, 2))
+    tell(case="start-up", seconds=round(time.monotonic() - begin, 2))
     for sizes in llm.collective_rpc(buffers)[0]:
         tell(case="buffers", **sizes)
 
@@ -74,33 +74,26 @@ def child(args: argparse.Namespace) -> None:
         tell(case="first answer", seconds=round(generate([(64, 4)], 1), 3))
         return
     generate([(300, 8)] * 32, 1)  # first use of the sampler's and the runner's own kernels
-    time_cases(generate, args.case, args.repeat, begin + args.seconds)
+    time_cases(generate, args.case, args.repeat, turns.deadline(args.gate))
 
 
-def engine(
-    backend: str,
-    condition: str,
-    seconds: float,
-    args: argparse.Namespace,
-    model: Path,
-    cache: Path,
-    report: Report,
-) -> None:
-    """One engine process; its figures go to the report. `condition` names what was cached at its start."""
-    command = [*COMMAND, "vllm", "--child", backend, "--model", str(model)]
-    command += ["--repeat", str(args.repeat), "--seconds", f"{seconds - 15:.0f}"]
+def contender(
+    backend: str, condition: str, args: argparse.Namespace, folder: Path, report: Report
+) -> turns.Contender:
+    """An engine whose figures go to the report. `condition` names what is cached at its start."""
+    command = [*COMMAND, "vllm", "--child", backend, "--model", str(folder / "llama-8b")]
+    command += ["--repeat", str(args.repeat)]
     command += ["--start-only"] if condition == "warm" else []
     for case in args.case:
         command += ["--case", case]
-    say(f"{backend}, {condition} start, at most {seconds:.0f} s ...")
 
     def receive(row: dict[str, Any]) -> None:
         if row["case"] == "start-up":
             row["case"] = f"start-up, {condition}"
         report.add(impl=backend, **row)
 
-    if code := run(command, seconds, receive, {"FI_CACHE_DIR": str(cache)}):
-        report.add(impl=backend, case=f"{condition} run", failed=f"exit code {code}")
+    environment = {"FI_CACHE_DIR": str(folder / "kernels")}
+    return turns.Contender(command, folder / f"{backend}-{condition}", receive, environment)
 
 
 def main(arguments: list[str]) -> None:
@@ -110,6 +103,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--skip-warm", action="store_true", help="leave out the second start of each backend")
     add_options(parser)
     parser.add_argument("--start-only", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--gate", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child:
         child(args)
@@ -117,13 +111,20 @@ def main(arguments: list[str]) -> None:
     end = time.monotonic() + 60 * args.minutes
     report = Report(args.out, machine("vllm"))
     with tempfile.TemporaryDirectory() as folder:
-        model, cache = make_model(Path(folder, "llama-8b")), Path(folder, "kernels")
+        make_model(Path(folder, "llama-8b"))
         stages = [(args.peer, "first"), ("CUSTOM", "cold")]
         stages += [] if args.skip_warm else [(args.peer, "warm"), ("CUSTOM", "warm")]
-        for backend, condition in stages:
-            left = end - time.monotonic()
-            if left < 60:
-                report.add(impl=backend, case=f"{condition} run", failed="no time left")
-                continue
-            share = left / 2 if condition == "first" else left
-            engine(backend, condition, share, args, model, cache, report)
+        engines = [contender(*stage, args, Path(folder), report) for stage in stages]
+        try:
+            for engine, (backend, condition) in zip(engines, stages, strict=True):
+                left = end - time.monotonic()
+                if left < 40:
+                    report.add(impl=backend, case=f"{condition} run", failed="no time left")
+                    continue
+                share = left * 0.6 if condition == "first" else left
+                say(f"{backend}, {condition} start, at most {share:.0f} s ...")
+                if code := engine.run(share):
+                    report.add(impl=backend, case=f"{condition} run", failed=f"exit code {code}")
+        finally:
+            for engine in engines:
+                engine.stop()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import builds, engine_process, goals, open_loop, peers, report, serve
+from benchmarks import builds, engine_process, goals, open_loop, peers, report, serve, turns
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
 from benchmarks.implementations import Unsupported, fi
@@ -153,7 +153,7 @@ def test_a_goal_is_met_or_missed() -> None:
 
 def test_a_page_shows_every_case(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    names = ("kernels-h100.json", "serve-h100.json", "serve-sglang-h100.json")
+    names = ("kernels-h100.json", "serve-h100.json", "serve-open-loop-h100.json", "serve-sglang-h100.json")
     files = [engine_process.ROOT / "benchmarks" / "results" / name for name in names]
     command = [sys.executable, "-m", "benchmarks.report", *files, "--page", tmp_path / "page.html"]
     subprocess.run(command, cwd=engine_process.ROOT, check=True)
@@ -161,7 +161,7 @@ def test_a_page_shows_every_case(tmp_path: Path) -> None:
     rows = json.loads(files[0].read_text())["rows"]
     assert {row["case"] for row in rows} <= set(re.findall(r"<td>([^<]*)</td>", page))
     pictures = re.findall('src="data:image/png;base64,([^"]*)"', page)
-    assert len(pictures) == 4  # serving files have no roofline
+    assert len(pictures) == 5  # serving files have no roofline
     assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
     assert "http" not in page
 
@@ -172,6 +172,24 @@ def test_an_engine_process_is_heard_at_once_and_limited() -> None:
         heard: list[dict[str, int]] = []
         found = engine_process.run([sys.executable, "-c", code.format(sleep)], seconds, heard.append, {})
         assert (heard, found) == ([{"a": 1}], ended)
+
+
+def test_engines_take_turns(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from benchmarks import turns, engine_process as p\n"
+        "gate = Path(sys.argv[-1]); p.tell(name=gate.name); turns.wait_for_turn(gate)\n"
+        "left = turns.deadline(gate) - time.monotonic(); p.tell(name=gate.name, in_time=10 < left <= 20)"
+    )
+    heard: list[dict[str, object]] = []
+    engines = [
+        turns.Contender([sys.executable, "-c", code], tmp_path / name, heard.append, {}) for name in "ab"
+    ]
+    while len(heard) < 2:  # both have started, neither goes on
+        time.sleep(0.05)
+    assert [engine.run(30) for engine in reversed(engines)] == [0, 0]
+    assert heard[2:] == [{"name": "b", "in_time": True}, {"name": "a", "in_time": True}]
+    for engine in engines:
+        engine.stop()
 
 
 def test_every_case_is_timed_before_one_is_repeated() -> None:
