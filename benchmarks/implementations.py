@@ -24,6 +24,10 @@ class Prepared:
     plan: Callable[[], object]  # once per step
     run: Callable[[], torch.Tensor]  # once per layer; returns out [tokens, q_heads, D]; needs a plan
 
+    def plan_and_run(self) -> torch.Tensor:
+        self.plan()
+        return self.run()
+
 
 Prepare = Callable[[Data], Prepared]
 

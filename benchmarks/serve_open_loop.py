@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import turns
-from .engine_process import COMMAND, say, tell
+from .engine_process import COMMAND, EngineProcess, tell
 from .lengths import sharegpt
 from .open_loop import Send, arrivals, drive, figures
 from .serve import Report, Requests, add_process_options, machine, make_model, prompts
@@ -71,13 +71,15 @@ async def _serve(args: argparse.Namespace) -> None:
 
 
 def contender(backend: str, args: argparse.Namespace, folder: Path, report: Report) -> turns.Contender:
+    gate = folder / backend
     command = [*COMMAND, "vllm", "--open-loop", "--child", backend, "--model", str(folder / "llama")]
-    command += ["--traffic", str(args.traffic), "--rate", *map(str, args.rate)]
+    command += ["--gate", str(gate), "--traffic", str(args.traffic), "--rate", *map(str, args.rate)]
 
-    def receive(row: dict[str, Any]) -> None:
-        report.add(backend, suite="open loop", **row)
+    def add(case: str, **values: Any) -> None:
+        report.add(backend, case, suite="open loop", **values)
 
-    return turns.Contender(command, folder / backend, receive, {})
+    process = EngineProcess(command, lambda row: add(**row), {})
+    return turns.Contender(backend, process, gate, lambda reason: add("run", failed=reason))
 
 
 def main(arguments: list[str]) -> None:
@@ -102,16 +104,4 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder, "llama"), args.layers)
         engines = [contender(name, args, Path(folder), report) for name in names]
-        try:
-            for place, (engine, backend) in enumerate(zip(engines, names, strict=True)):
-                left = end - time.monotonic()
-                if left < 25 + args.traffic:
-                    report.add(backend, "run", suite="open loop", failed="no time left")
-                    continue
-                seconds = min(left, 1.5 * left / (len(names) - place))
-                say(f"{backend}, at most {seconds:.0f} s ...")
-                if code := engine.run(seconds):
-                    report.add(backend, "run", suite="open loop", failed=f"exit code {code}")
-        finally:
-            for engine in engines:
-                engine.stop()
+        turns.take_turns(engines, end, 25 + args.traffic)

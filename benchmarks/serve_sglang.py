@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import turns
-from .engine_process import COMMAND, last_error, say, tell
+from .engine_process import COMMAND, EngineProcess, last_error, say, tell
 from .serve import (
     CASES,
     CONTEXT,
@@ -108,39 +108,31 @@ def child(args: argparse.Namespace) -> None:
 # ---- in the parent
 
 
-class Contender:
-    """A backend's engine, started and waiting at its gate."""
+def contender(name: str, port: int, warm: bool, args: argparse.Namespace, folder: Path) -> turns.Contender:
+    stem = f"{name}-warm" if warm else name
+    gate, log = folder / stem, args.out.with_name(f"{args.out.stem}-{stem}.log")
+    model = folder / ("one-layer" if warm else "llama-8b")
+    command = [*COMMAND, "sglang", "--child", name, "--model", str(model), "--gate", str(gate)]
+    command += ["--port", str(port), "--repeat", str(args.repeat)]
+    command += ["--warm"] if warm else []
+    for case in args.case:
+        command += ["--case", case]
+    rows: list[dict[str, Any]] = []
 
-    def __init__(self, name: str, port: int, warm: bool, args: argparse.Namespace, folder: Path) -> None:
-        self.name, self.warm = name, warm
-        self.rows: list[dict[str, Any]] = []
-        self._report: Report = args.report
-        stem = f"{name}-warm" if warm else name
-        self._log = args.out.with_name(f"{args.out.stem}-{stem}.log")
-        model = folder / ("one-layer" if warm else "llama-8b")
-        command = [*COMMAND, "sglang", "--child", name, "--model", str(model)]
-        command += ["--port", str(port), "--repeat", str(args.repeat)]
-        command += ["--warm"] if warm else []
-        for case in args.case:
-            command += ["--case", case]
-        with self._log.open("w") as errors:
-            self._engine = turns.Contender(command, folder / stem, self._receive, {}, errors)
+    def receive(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if not warm:
+            args.report.add(impl=name, **row)
 
-    def _receive(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        if not self.warm:
-            self._report.add(impl=self.name, **row)
+    def fail(reason: str) -> None:
+        args.report.add(impl=name, case="warming" if warm else "run", failed=reason)
 
-    def run(self, seconds: float) -> None:
-        """Its turn, of at most `seconds`."""
-        code = self._engine.run(seconds)
-        if code or not self.rows:
-            stage = "warming" if self.warm else "run"
-            reason = f"exit code {code}: {last_error(self._log)}"
-            self._report.add(impl=self.name, case=stage, failed=reason)
+    def problem(code: int) -> str:
+        return f"exit code {code}: {last_error(log)}" if code or not rows else ""
 
-    def stop(self) -> None:
-        self._engine.stop()
+    with log.open("w") as errors:
+        process = EngineProcess(command, receive, {}, errors)
+    return turns.Contender(name, process, gate, fail, problem)
 
 
 def measure(args: argparse.Namespace, folder: Path, end: float) -> None:
@@ -148,8 +140,8 @@ def measure(args: argparse.Namespace, folder: Path, end: float) -> None:
     make_model(folder / "one-layer", layers=1)
     names: list[str] = args.backends
     ports = iter(range(args.port, args.port + 2 * len(names)))
-    warmers = [Contender(n, next(ports), True, args, folder) for n in names if not args.skip_warm]
-    contenders = [Contender(n, next(ports), False, args, folder) for n in names]
+    warmers = [contender(n, next(ports), True, args, folder) for n in names if not args.skip_warm]
+    contenders = [contender(n, next(ports), False, args, folder) for n in names]
     try:
         begin = time.monotonic()
         limit = (end - begin) * 0.4
@@ -160,17 +152,10 @@ def measure(args: argparse.Namespace, folder: Path, end: float) -> None:
         for thread in threads:
             thread.join()
         say(f"warm after {time.monotonic() - begin:.0f} s")
-        for place, contender in enumerate(contenders):
-            left = end - time.monotonic()
-            if left < 45:
-                args.report.add(impl=contender.name, case="run", failed="no time left")
-                continue
-            share = min(left, 1.5 * left / (len(contenders) - place))
-            say(f"{contender.name}: at most {share:.0f} s ...")
-            contender.run(share)
+        turns.take_turns(contenders, end, 45)
     finally:
-        for process in (*warmers, *contenders):
-            process.stop()
+        for engine in (*warmers, *contenders):
+            engine.process.stop()
 
 
 def backend_names(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import turns
-from .engine_process import COMMAND, say, tell
+from .engine_process import COMMAND, EngineProcess, tell
 from .serve import CONTEXT, MAX_REQUESTS, Report, Requests, add_options, machine, make_model, time_cases
 from .serve import prompts as token_ids
 
@@ -81,8 +81,9 @@ def contender(
     backend: str, condition: str, args: argparse.Namespace, folder: Path, report: Report
 ) -> turns.Contender:
     """An engine whose figures go to the report. `condition` names what is cached at its start."""
+    gate = folder / f"{backend}-{condition}"
     command = [*COMMAND, "vllm", "--child", backend, "--model", str(folder / "llama-8b")]
-    command += ["--repeat", str(args.repeat)]
+    command += ["--gate", str(gate), "--repeat", str(args.repeat)]
     command += ["--start-only"] if condition == "warm" else []
     for case in args.case:
         command += ["--case", case]
@@ -92,8 +93,11 @@ def contender(
             row["case"] = f"start-up, {condition}"
         report.add(impl=backend, **row)
 
-    environment = {"FI_CACHE_DIR": str(folder / "kernels")}
-    return turns.Contender(command, folder / f"{backend}-{condition}", receive, environment)
+    def fail(reason: str) -> None:
+        report.add(impl=backend, case=f"{condition} run", failed=reason)
+
+    process = EngineProcess(command, receive, {"FI_CACHE_DIR": str(folder / "kernels")})
+    return turns.Contender(f"{backend}, {condition} start", process, gate, fail)
 
 
 def main(arguments: list[str]) -> None:
@@ -115,16 +119,5 @@ def main(arguments: list[str]) -> None:
         stages = [(args.peer, "first"), ("CUSTOM", "cold")]
         stages += [] if args.skip_warm else [(args.peer, "warm"), ("CUSTOM", "warm")]
         engines = [contender(*stage, args, Path(folder), report) for stage in stages]
-        try:
-            for engine, (backend, condition) in zip(engines, stages, strict=True):
-                left = end - time.monotonic()
-                if left < 40:
-                    report.add(impl=backend, case=f"{condition} run", failed="no time left")
-                    continue
-                share = left * 0.6 if condition == "first" else left
-                say(f"{backend}, {condition} start, at most {share:.0f} s ...")
-                if code := engine.run(share):
-                    report.add(impl=backend, case=f"{condition} run", failed=f"exit code {code}")
-        finally:
-            for engine in engines:
-                engine.stop()
+        # the first serves all cases, on a cold machine
+        turns.take_turns(engines, end, 40, lambda left, n: left * 0.6 if n == len(engines) else left)

@@ -41,8 +41,7 @@ def measure(case: Case, name: str, device: torch.device) -> Row:
         qkv = (case.q_heads + 2 * case.kv_heads) * case.head_dim
         return row | rounded(layer_us(prepared.run, case.tokens, qkv, device)) | {"rel_err": shortened(error)}
     # chosen anew in every step: planned anew, too
-    steps = (prepared.plan, prepared.run) if case.suite == "sparse" else (prepared.run,)
-    spread = device_us(lambda: [step() for step in steps], device)
+    spread = device_us(prepared.plan_and_run if case.suite == "sparse" else prepared.run, device)
     return row | {
         **rounded(spread),
         "tb_s": round(case.bytes / spread.us / 1e6, 3),

@@ -6,37 +6,62 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
-from .engine_process import EngineProcess
+from .engine_process import EngineProcess, say
 
 MARGIN = 10.0  # seconds: an engine stops by itself before it is stopped
 
 
+def exit_code(code: int) -> str:
+    return f"exit code {code}" if code else ""
+
+
+@dataclass
 class Contender:
-    """A child process, started now; it waits for its turn by wait_for_turn(). See EngineProcess."""
+    """A child process that waits for its turn by wait_for_turn(gate).
 
-    def __init__(
-        self,
-        command: list[str],
-        gate: Path,
-        receive: Callable[[dict[str, Any]], None],
-        environment: dict[str, str],
-        errors: IO[str] | None = None,
-    ) -> None:
-        self._gate = gate
-        self._process = EngineProcess([*command, "--gate", str(gate)], receive, environment, errors)
+    fail: hears why there are no (more) figures; problem: of an exit code, what is wrong, "" if nothing is.
+    """
 
-    def run(self, seconds: float) -> int:
-        """Its turn, of at most `seconds`. Returns its exit code."""
-        partial = self._gate.with_suffix(".partial")
+    name: str
+    process: EngineProcess
+    gate: Path
+    fail: Callable[[str], None]
+    problem: Callable[[int], str] = exit_code
+
+    def run(self, seconds: float) -> None:
+        """Its turn, of at most `seconds`."""
+        partial = self.gate.with_suffix(".partial")
         partial.write_text(f"{seconds - MARGIN:.0f}")
-        partial.rename(self._gate)
-        return self._process.wait(seconds)
+        partial.rename(self.gate)
+        if reason := self.problem(self.process.wait(seconds)):
+            self.fail(reason)
 
-    def stop(self) -> None:
-        self._process.stop()
+
+def take_turns(
+    contenders: list[Contender],
+    end: float,
+    least: float,
+    share: Callable[[float, int], float] = lambda left, engines: 1.5 * left / engines,
+) -> None:
+    """One after the other until `end`, by time.monotonic(); without those that had less than `least` seconds.
+
+    share: of the seconds left to so many engines, those of the next one.
+    """
+    try:
+        for place, contender in enumerate(contenders):
+            left = end - time.monotonic()
+            if left < least:
+                contender.fail("no time left")
+                continue
+            seconds = min(left, share(left, len(contenders) - place))
+            say(f"{contender.name}: at most {seconds:.0f} s ...")
+            contender.run(seconds)
+    finally:
+        for contender in contenders:
+            contender.process.stop()
 
 
 # ---- in the child

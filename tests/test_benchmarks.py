@@ -181,15 +181,27 @@ def test_engines_take_turns(tmp_path: Path) -> None:
         "left = turns.deadline(gate) - time.monotonic(); p.tell(name=gate.name, in_time=10 < left <= 20)"
     )
     heard: list[dict[str, object]] = []
-    engines = [
-        turns.Contender([sys.executable, "-c", code], tmp_path / name, heard.append, {}) for name in "ab"
-    ]
+    failed: list[str] = []
+
+    def contender(name: str) -> turns.Contender:
+        gate = tmp_path / name
+        command = [sys.executable, "-c", code, str(gate)]
+        return turns.Contender(
+            name, engine_process.EngineProcess(command, heard.append, {}), gate, failed.append
+        )
+
+    engines = [contender(name) for name in "ab"]
     while len(heard) < 2:  # both have started, neither goes on
         time.sleep(0.05)
-    assert [engine.run(30) for engine in reversed(engines)] == [0, 0]
+    late, soon = time.monotonic() + 60, time.monotonic() + 5
+    turns.take_turns(engines[::-1], late, 10, lambda left, n: 30)
     assert heard[2:] == [{"name": "b", "in_time": True}, {"name": "a", "in_time": True}]
-    for engine in engines:
-        engine.stop()
+    assert failed == []
+    turns.take_turns([contender("c")], soon, 10)
+    gone = contender("d")
+    gone.process.stop()
+    turns.take_turns([gone], late, 10)
+    assert failed == ["no time left", "exit code -9"]
 
 
 def test_every_case_is_timed_before_one_is_repeated() -> None:
