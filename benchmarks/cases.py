@@ -123,6 +123,16 @@ def _variants() -> Iterator[Case]:
             yield replace(_prefill(f"variant-16x{n}-{name}", 16, "constant", n, **shape), suite="variants")
 
 
+def _rope() -> Iterator[Case]:
+    """Decodes in a window that slides over keys not rotated yet (StreamingLLM), of Vicuna-13B's shape."""
+    shape = {"q_heads": 40, "kv_heads": 40, "variant": "CAUSAL+ROPE"}
+    for requests in (1, 8, 32):
+        for window in (256, 1024, 4096):
+            yield replace(
+                _decode(f"rope-{requests}x{window}", requests, "constant", window, **shape), suite="rope"
+            )
+
+
 def _sparse() -> Iterator[Case]:
     """Pages that were chosen, of long decodes and, for each block of 128 query tokens, of a long prefill."""
     for percent in (100, 50, 25, 10):
@@ -159,12 +169,13 @@ CASES = (
     _prefix(128, 16384, 128),
     *_shapes(),
     *_variants(),
+    *_rope(),
     *(replace(case, suite="sparse") for case in _sparse()),
     Case("verify-64x4-4096", "mixed", (4,) * 64, (4096,) * 64),
     Case("chunk-512-over-32768", "mixed", (512,), (32768,)),
     Case("mixed-128dec-2chunk", "mixed", (1,) * 128 + (1024,) * 2, (4096,) * 130),
 )
-SUITES = ("decode", "prefill", "mixed", "prefix", "shapes", "variants", "sparse", "layers", "plan")
+SUITES = ("decode", "prefill", "mixed", "prefix", "shapes", "variants", "rope", "sparse", "layers", "plan")
 
 
 def of_suite(suite: str) -> list[Case]:

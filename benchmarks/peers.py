@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from . import peer_fa3, peer_flashinfer, peer_flex
+from . import peer_fa3, peer_flashinfer, peer_flex, peer_rope
 from .implementations import Prepare
 
 FAMILIES: dict[str, dict[str, Prepare]] = {
     "fa3": peer_fa3.PEERS,
     "flashinfer": peer_flashinfer.WRAPPERS,
     "flex": peer_flex.PEERS,
+    "rope": peer_rope.PEERS,
 }
 PEERS = {name: prepare for family in FAMILIES.values() for name, prepare in family.items()}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fi_backend.rope import rope_turns
 from fi_backend.variants import Argument, Variant, define, parse
 
 from .cases import WINDOW, Case
@@ -35,5 +36,6 @@ def with_arguments(case: Case, device: torch.device) -> tuple[Variant, dict[str,
         **dict.fromkeys(("soft_cap", "cap"), SOFT_CAP),
         **dict.fromkeys(("alibi_slopes", "slopes"), slopes(case, device)),
         **dict.fromkeys(("sigmoid_bias", "bias"), bias),
+        "rope_turns": rope_turns(case.head_dim, device=device),
     }
     return variant, {a.name: known[a.name] for a in variant.args}

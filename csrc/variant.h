@@ -9,7 +9,7 @@
 #pragma once
 #include <type_traits>
 
-#include "params.h"
+#include "vector.h"
 
 #if !defined(__CUDACC__)
 #include <cmath>
@@ -25,6 +25,12 @@ struct Row {        // one query row
   int32_t q_head;
   int32_t q_pos;   // position of the row's token among the request's keys: kv_len - q_len + token
   int32_t kv_len;  // the request's keys
+};
+
+struct Key {  // one key, or value
+  int32_t request, kv_head;
+  int32_t kv_pos;  // among the request's keys
+  int32_t kv_len;
 };
 
 struct KeyRange {  // keys [begin, end); both must not decrease with q_pos
@@ -99,6 +105,10 @@ struct SeesAll {
 };
 
 struct Feature {
+  static constexpr bool kHasQuery = false;
+  static constexpr bool kHasKey = false;
+  static constexpr bool kHasValue = false;
+  static constexpr bool kHasOutput = false;
   static constexpr bool kHasLogits = false;
   static constexpr bool kHasSink = false;
   static constexpr bool kSoftmax = true;  // false: weights() says what a key weighs
@@ -124,6 +134,25 @@ struct Feature {
   template <class A>
   FI_HD static float sink(const A&, int32_t) {
     return 0.f;
+  }
+  // Of the vector x of a head: mapped(x, [=](Dim d) { return ...; }), see vector.h. On a GPU the result is
+  // rounded to the type of q and of the cache.
+  template <class A, class X>
+  FI_HD static X query(const A&, X x, const Row&) {
+    return x;
+  }
+  template <class A, class X>
+  FI_HD static X key(const A&, X x, const Key&) {
+    return x;
+  }
+  template <class A, class X>
+  FI_HD static X value(const A&, X x, const Key&) {
+    return x;
+  }
+  // of element d of a finished row, also of one without keys, which is 0
+  template <class A>
+  FI_HD static float output(const A&, float x, const Row&, int32_t) {
+    return x;
   }
   // of the logit x, after all logits transforms; a hidden key weighs 0
   template <class A>
@@ -257,6 +286,10 @@ struct Compose<> : Feature {
 template <class F, class... Rest>
 struct Compose<F, Rest...> {
   using Next = Compose<Rest...>;
+  static constexpr bool kHasQuery = F::kHasQuery || Next::kHasQuery;
+  static constexpr bool kHasKey = F::kHasKey || Next::kHasKey;
+  static constexpr bool kHasValue = F::kHasValue || Next::kHasValue;
+  static constexpr bool kHasOutput = F::kHasOutput || Next::kHasOutput;
   static constexpr bool kHasLogits = F::kHasLogits || Next::kHasLogits;
   static constexpr bool kHasSink = F::kHasSink || Next::kHasSink;
   static constexpr bool kSoftmax = F::kSoftmax && Next::kSoftmax;
@@ -282,6 +315,22 @@ struct Compose<F, Rest...> {
   template <class A, class X>
   FI_HD static auto logits(const A& a, X x, const Row& r, Position kv_pos) {
     return Next::logits(a, F::logits(a, x, r, kv_pos), r, kv_pos);
+  }
+  template <class A, class X>
+  FI_HD static auto query(const A& a, X x, const Row& r) {
+    return Next::query(a, F::query(a, x, r), r);
+  }
+  template <class A, class X>
+  FI_HD static auto key(const A& a, X x, const Key& k) {
+    return Next::key(a, F::key(a, x, k), k);
+  }
+  template <class A, class X>
+  FI_HD static auto value(const A& a, X x, const Key& k) {
+    return Next::value(a, F::value(a, x, k), k);
+  }
+  template <class A>
+  FI_HD static float output(const A& a, float x, const Row& r, int32_t d) {
+    return Next::output(a, F::output(a, x, r, d), r, d);
   }
   template <class A>
   FI_HD static float sink(const A& a, int32_t q_head) {

@@ -67,17 +67,24 @@ def check(
         lse = torch.empty(len(q), q_heads, device=device) if variant.softmax else None
         out = run(planner.plan(batch), q, kv, variant=variant, lse=lse, **variant_args)
         ask = (q, kv, batch, variant, variant_args, head_dim**-0.5)
-        (true_out, true_lse), (fair, _) = eager.attention(*ask), eager.attention(*ask, dtype=dtype)
+        (true_out, true_lse), (fair, fair_lse) = eager.attention(*ask), eager.attention(*ask, dtype=dtype)
         n = sum(q_lens)
         off = (out[:n].double() - true_out).abs()
         limit = 2 * float((fair.to(dtype) - true_out).abs().max() if n else 0) + ATOL[dtype]
         where = f"variant {variant}, q_lens {q_lens}, kv_lens {kv_lens}"
         _complain(~(off <= limit), out, true_out, q_lens, kv_lens, f"{where}: out", limit)
         if lse is not None:
-            same = torch.isclose(lse[:n].double(), true_lse, rtol=1e-5, atol=1e-4)
-            _complain(~same, lse, true_lse, q_lens, kv_lens, f"{where}: lse", 1e-4)
+            limit = lse_limit(variant, fair_lse, true_lse)
+            same = torch.isclose(lse[:n].double(), true_lse, rtol=1e-5, atol=limit)
+            _complain(~same, lse, true_lse, q_lens, kv_lens, f"{where}: lse", limit)
         worst = max(worst, float(off.max()) if n else 0.0)
     return worst
+
+
+def lse_limit(variant: Variant, fair: torch.Tensor, true: torch.Tensor) -> float:
+    """How far an LSE may be off beside float64's; fair: torch's in the same precision."""
+    seen = true.isfinite()
+    return 1e-4 + (2 * float((fair - true)[seen].abs().max()) if variant.rounds and seen.any() else 0.0)
 
 
 def _batch(

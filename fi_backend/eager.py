@@ -47,14 +47,30 @@ def attend(
     )  # logits and softmax of 16-bit eager attention are float32
     group = q.shape[1] // k.shape[1]
     q, k, v = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
-    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     q_pos = torch.arange(q.shape[1], device=q.device) + k.shape[1] - q.shape[1]
     kv_pos = torch.arange(k.shape[1], device=q.device)
     args = args | {"request": request, "kv_len": k.shape[1]}
+    for feature in variant.features:
+        if feature.query is not None:
+            q = feature.query(q.to(wide), q_pos, **args)
+        if feature.key is not None:
+            k = feature.key(k.to(wide), kv_pos, **args)
+        if feature.value is not None:
+            v = feature.value(v.to(wide), kv_pos, **args)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     x = (q @ k.transpose(1, 2)).to(wide) * scale
     visible = torch.ones(len(q_pos), len(kv_pos), dtype=torch.bool, device=q.device)
     sinks = torch.full((q.shape[0],), -torch.inf, dtype=wide, device=q.device)
     weights = None
+
+    def finished(p: torch.Tensor) -> torch.Tensor:
+        out = p.to(dtype) @ v
+        for feature in variant.features:
+            if feature.output is not None:
+                out = feature.output(out.to(wide), q_pos, **args).to(dtype)
+        return out.transpose(0, 1)
+
     for feature in variant.features:
         if feature.mask is not None:
             visible &= feature.mask(q_pos, kv_pos, **args)
@@ -66,13 +82,12 @@ def attend(
             weights = feature.weights
     if weights is not None:
         p = weights(x, q_pos, kv_pos, **args).masked_fill(~visible, 0)
-        return (p.to(dtype) @ v).transpose(0, 1), x.new_full((len(q_pos), len(x)), torch.nan)
+        return finished(p), x.new_full((len(q_pos), len(x)), torch.nan)
     x = x.masked_fill(~visible, -torch.inf)
     x = torch.cat([x, sinks[:, None, None].expand(-1, x.shape[1], 1)], 2)
     lse = x.logsumexp(2)
     p = torch.exp(x - lse.masked_fill(lse == -torch.inf, 0)[..., None])[..., :-1]
-    out = p.to(dtype) @ v
-    return out.transpose(0, 1), lse.transpose(0, 1)
+    return finished(p), lse.transpose(0, 1)
 
 
 def attention(

@@ -22,23 +22,30 @@ def functor(
     if not all(isinstance(x, str) for x in sources) or len(sources) != (2 if kind == "keys" else 1):
         wanted = "two expressions" if kind == "keys" else "an expression"
         raise ValueError(f"variant {name}: expected {wanted} where there is no text, got {source!r}")
-    scope = {n: Name("int", f"r.{n}") for n in ("q_pos", "kv_len", "request")}
-    if kind != "keys":
+    of_keys, of_queries = kind in ("key", "value"), kind in ("query", "output")
+    row = "k" if of_keys else "r"
+    names = ("kv_pos", "kv_head") if of_keys else ("q_pos",)
+    scope = {n: Name("int", f"{row}.{n}") for n in (*names, "kv_len", "request")}
+    if kind in ("mask", "logits", "weights"):
         scope |= {"kv_pos": Name("int", "kv_pos")}
-    if kind in ("logits", "weights"):
-        scope |= {"x": Name("float", "x"), "q_head": Name("int", "r.q_head")}
+    if kind in ("logits", "weights") or of_queries:
+        scope |= {"q_head": Name("int", "r.q_head")}
+    if kind not in ("mask", "keys"):
+        scope |= {"x": Name("float", "x[d]" if kind in ("query", "key", "value") else "x")}
+    if of_keys or of_queries:
+        scope |= {"dim": Name("int", "int32_t(d)")}
     for arg in args:
         if arg.name in scope or not arg.name.isidentifier():
             raise ValueError(f"variant {name}: expected another name for argument {arg.name!r}")
         if arg.kind != "tensor":
             scope[arg.name] = Name(arg.kind, f"a.{arg.name}")
-        elif arg.per in ("head", "request"):
-            index = "q_head" if arg.per == "head" else "request"
+        elif arg.per in _INDICES:
+            index = _INDICES[arg.per]
             element = "float" if arg.dtype == torch.float32 else "int"
             scope[arg.name] = Name(element, f"a.{arg.name}", index)
         else:
             raise ValueError(
-                f"variant {name}: expected {arg.name} per head or per request, got per {arg.per}"
+                f"variant {name}: expected {arg.name} per {' or '.join(_INDICES)}, got per {arg.per}"
             )
     part, *others = (translate(x, scope, f"variant {name}") for x in sources)
     if kind == "keys":
@@ -52,9 +59,12 @@ def functor(
         return _MASK.format(part.text), _eager_mask(part)
     if part.kind == "bool":
         raise ValueError(f"variant {name}: expected {kind} to be a number, got {source!r}")
+    if of_keys or of_queries:
+        return _TRANSFORMS[kind].format(kind, part.text), _eager_transform(part, "kv" if of_keys else "q")
     return _NUMBER.format(kind, part.text), _eager_number(part)
 
 
+_INDICES = {"head": "q_head", "request": "request", "dim": "dim"}
 _MASK = """template <class A>
 struct Mask {{
   const A& a;
@@ -69,6 +79,18 @@ _KEYS = """template <class A>
 FI_HD static KeyRange keys(const A& a, const Row& r) {{ return {{int32_t({}), int32_t({})}}; }}"""
 _NUMBER = """template <class A, class X>
 FI_HD static float {}(const A& a, X x, const Row& r, Position kv_pos) {{ return {}; }}"""
+
+_VECTOR = """template <class A, class X>
+FI_HD static auto {{}}(const A& a, X x, const {}) {{{{
+  return mapped(x, [=, &a](Dim d) -> float {{{{ return {{}}; }}}});
+}}}}"""
+_TRANSFORMS = {
+    "query": _VECTOR.format("Row& r"),
+    "key": _VECTOR.format("Key& k"),
+    "value": _VECTOR.format("Key& k"),
+    "output": """template <class A>
+FI_HD static float {}(const A& a, float x, const Row& r, int32_t d) {{ return {}; }}""",
+}
 
 
 def _eager_mask(part: Part) -> Callable[..., torch.Tensor]:
@@ -103,6 +125,16 @@ def _eager_number(part: Part) -> Callable[..., torch.Tensor]:
         return found.to(x.dtype).expand(x.shape)
 
     return number
+
+
+def _eager_transform(part: Part, side: str) -> Callable[..., torch.Tensor]:
+    def transform(x: torch.Tensor, positions: torch.Tensor, **args: Any) -> torch.Tensor:
+        names = {"x": x, f"{side}_pos": positions[None, :, None]}
+        names[f"{side}_head"] = torch.arange(len(x), device=x.device)[:, None, None]
+        names["dim"] = torch.arange(x.shape[2], device=x.device)
+        return torch.as_tensor(part.eager(args | names), device=x.device).to(x.dtype).expand(x.shape)
+
+    return transform
 
 
 def place_of(text: str, file: str, line: int) -> tuple[str, int]:

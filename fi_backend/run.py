@@ -159,6 +159,10 @@ def run(
                 f"expected tree_mask of at least {needed} words ({plan.batch.num_requests} requests x "
                 f"tree_tokens {variant_args['tree_tokens']}), got {found}"
             )
+    for arg in variant.per_dim:
+        wanted = arg.elements or planner.head_dim_qk // (2 if arg.per == "pair" else 1)
+        if (found := variant_args[arg.name].shape[0]) != wanted:
+            raise ValueError(f"variant {variant}: expected {arg.name} of {wanted} elements, got {found}")
     for name in variant.per_request:
         if (found := variant_args[name].shape[0]) < plan.batch.num_requests:
             raise ValueError(

@@ -6,18 +6,19 @@ torch, which only the oracle uses. All logits are in natural units, already scal
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, ClassVar
 
 import torch
 
 from . import arrays
 from .functors import functor, place_of
+from .rope import rotated
 
 _FORMATS = {"float": "f4x", "int": "i4x", "tensor": "Q"}  # every argument fills one 8-byte slot
 MAX_ARGS = 8  # kMaxVariantBytes / 8 in csrc/params.h
@@ -29,7 +30,8 @@ class Argument:
     """kind: "float", "int", or "tensor" (of one dimension, contiguous, on the device of q).
 
     A tensor has dtype float32, int32 or int64 and, per "head", q_heads elements; per "request", at least as
-    many as the batch has requests; per "token", as many as the feature says (`run` checks both).
+    many as the batch has requests; per "token", as many as the feature says; per "dim", `elements` or, if
+    that is None, head_dim; per "pair", `elements` or head_dim / 2 (`run` checks all of them).
     """
 
     name: str
@@ -38,6 +40,7 @@ class Argument:
     at_most: float | None = None
     dtype: torch.dtype = torch.float32
     per: str = "head"
+    elements: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +49,8 @@ class Feature:
     request's index in the batch (request) and its number of keys (kv_len).
 
     mask -> bool [Tq, Tk], True: visible; logits(x [Hq, Tq, Tk]) -> same shape; weights(x [Hq, Tq, Tk]), in
-    place of softmax -> same shape; sink -> [Hq].
+    place of softmax -> same shape; sink -> [Hq]. With q_pos alone query(x [Hq, Tq, D]) and
+    output(x [Hq, Tq, Dv]), with kv_pos alone key(x [Hk, Tk, D]) and value(x [Hk, Tk, Dv]) -> same shape.
 
     text: the struct of a functor that is not in csrc; place: file and line where its inside was written;
     definition: arguments of `define`, for other processes.
@@ -59,16 +63,21 @@ class Feature:
     logits: Callable[..., torch.Tensor] | None = None
     sink: Callable[..., torch.Tensor] | None = None
     weights: Callable[..., torch.Tensor] | None = None
+    query: Callable[..., torch.Tensor] | None = None
+    key: Callable[..., torch.Tensor] | None = None
+    value: Callable[..., torch.Tensor] | None = None
+    output: Callable[..., torch.Tensor] | None = None
     text: str = ""
     place: tuple[str, int] = ("", 0)
     definition: tuple[str, tuple[Argument, ...], dict[str, Any]] | None = None
 
     def _rank(self) -> tuple[int, str]:
         # masks commute, so they get one order and `WINDOW + CAUSAL` is the same build as `CAUSAL + WINDOW`;
-        # logits transforms keep the order they were written in
+        # transforms keep the order they were written in
         if self.mask is not None:
             return (0, self.name)
-        return (1, "") if self.logits is not None else (2, self.name)
+        transforms = (self.logits, self.query, self.key, self.value, self.output)
+        return (2, self.name) if transforms == (None,) * 5 else (1, "")
 
 
 class Variant:
@@ -78,7 +87,9 @@ class Variant:
     args: tuple[Argument, ...]
     name: str
     per_request: tuple[str, ...]  # arguments
+    per_dim: tuple[Argument, ...]
     softmax: bool  # False: a feature says what a key weighs, and there is no LSE
+    rounds: bool  # queries or keys again, after a transform: the LSE is then as exact as their dtype
     _names: set[str]
     _struct: struct.Struct
     _interned: ClassVar[dict[tuple[str, ...], Variant]] = {}
@@ -106,7 +117,9 @@ class Variant:
         self.args = args
         self.name = "+".join(key) or "FULL"
         self.softmax = weights == 0
+        self.rounds = any(f.query is not None or f.key is not None for f in ordered)
         self.per_request = tuple(a.name for a in args if a.per == "request")
+        self.per_dim = tuple(a for a in args if a.per in ("dim", "pair"))
         self._names = {a.name for a in args}
         self._struct = struct.Struct("<" + "".join(_FORMATS[a.kind] for a in args))
         return cls._interned.setdefault(key, self)
@@ -248,15 +261,64 @@ TREE = Variant(
     )
 )
 
-BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS, SIGMOID, TREE)}
+
+@functools.cache
+def rope(rotary_dim: int | None = None, interleaved: bool = False) -> Variant:
+    """Rotary position embedding of queries and keys in the kernel, from a cache of keys not rotated yet.
+
+    The first rotary_dim elements of a head, None: all. Pairs are the halves of those (NeoX), or neighbours.
+    Its argument rope_turns is int32 [rotary_dim / 2], see `fi_backend.rope`. Names for `parse`: ROPE,
+    ROPE_64, ROPE_INTERLEAVED, ROPE_INTERLEAVED_64. Raises ValueError for a rotary_dim
+    that is odd or not positive.
+    """
+    if rotary_dim is not None and (rotary_dim < 2 or rotary_dim % 2):
+        raise ValueError(f"expected an even rotary_dim of at least 2, or None, got {rotary_dim}")
+    name = "ROPE" + "_INTERLEAVED" * interleaved + (f"_{rotary_dim}" if rotary_dim else "")
+    pairs = rotary_dim and rotary_dim // 2
+
+    def query(x: torch.Tensor, q_pos: torch.Tensor, *, rope_turns: torch.Tensor, **_: Any) -> torch.Tensor:
+        return rotated(x, q_pos, rope_turns, interleaved)
+
+    def key(x: torch.Tensor, kv_pos: torch.Tensor, *, rope_turns: torch.Tensor, **_: Any) -> torch.Tensor:
+        return rotated(x, kv_pos, rope_turns, interleaved)
+
+    argument = Argument("rope_turns", "tensor", dtype=torch.int32, per="pair", elements=pairs)
+    functor = f"fi::Rope<{rotary_dim or 0}, {str(interleaved).lower()}>"
+    return Variant(Feature(name, functor, (argument,), query=query, key=key))
 
 
+def _normalised(x: torch.Tensor, weights: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * weights.to(x.dtype)
+
+
+# Queries and keys divided by their root mean square, times a weight for each element (QK norm), from a cache
+# of keys that are not normalised yet. Models that rotate do so afterwards: QK_NORM + ROPE.
+QK_NORM = Variant(
+    Feature(
+        "QK_NORM",
+        "fi::QkNorm",
+        (
+            Argument("q_norm", "tensor", per="dim"),
+            Argument("k_norm", "tensor", per="dim"),
+            Argument("norm_epsilon", "float", at_least=0),
+        ),
+        query=lambda x, q_pos, *, q_norm, norm_epsilon, **_: _normalised(x, q_norm, norm_epsilon),
+        key=lambda x, kv_pos, *, k_norm, norm_epsilon, **_: _normalised(x, k_norm, norm_epsilon),
+    )
+)
+
+BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS, SIGMOID, TREE, rope(), QK_NORM)}
+_ROPE = re.compile(r"ROPE(_INTERLEAVED)?(?:_(\d+))?")
+
+
+TRANSFORMS = ("query", "key", "value", "output")
 _defined: dict[str, Variant] = {}
 _CONSTANTS = {  # of a defined functor
     "mask": "",
     "keys": "",
     "logits": "static constexpr bool kHasLogits = true;\n",
     "weights": "static constexpr bool kSoftmax = false;\n",
+    **{x: f"static constexpr bool kHas{x.capitalize()} = true;\n" for x in TRANSFORMS},
 }
 
 
@@ -264,9 +326,12 @@ def parse(name: str) -> Variant:
     """ "CAUSAL+WINDOW" -> CAUSAL + WINDOW. Raises ValueError for a name that nobody defined."""
     result, known = FULL, BUILT_IN | _defined
     for part in name.upper().split("+"):
-        if part.strip() not in known:
+        if found := _ROPE.fullmatch(part.strip()):
+            result += rope(found[2] and int(found[2]), bool(found[1]))
+        elif part.strip() in known:
+            result += known[part.strip()]
+        else:
             raise ValueError(f"expected a variant made of {', '.join(known)} joined by +, got {name!r}")
-        result += known[part.strip()]
     return result
 
 
@@ -277,55 +342,70 @@ def define(
     keys: tuple[str, str] | None = None,
     logits: str | Callable[..., torch.Tensor] | None = None,
     weights: str | Callable[..., torch.Tensor] | None = None,
+    query: str | Callable[..., torch.Tensor] | None = None,
+    key: str | Callable[..., torch.Tensor] | None = None,
+    value: str | Callable[..., torch.Tensor] | None = None,
+    output: str | Callable[..., torch.Tensor] | None = None,
     text: str | None = None,
 ) -> Variant:
     """A variant of one's own, used and composed like those that are built in. Examples: docs/variants.md.
 
-    name: capitals, digits, _. Exactly one of
+    name: capitals, digits, _. One of
     mask: a condition that says which keys a query token sees;
     keys: the first key that a query token sees and the one after the last; neither goes down as q_pos goes
     up. Tiles outside are not loaded;
     logits: what becomes of the logit x (natural units, already scaled);
     weights: what a key of logit x weighs, in place of softmax.
-    All may use q_pos and, but in keys, kv_pos (positions among the request's keys), kv_len, request (index in
-    the batch), arguments by name, tensor arguments as name[request]; logits and weights also q_head and
-    name[q_head]. fi_backend/expressions.py has the language.
+    Or some of query, key, value, output: what becomes of element x, number `dim`, of a head's vector.
+
+    All may use kv_len, request (index in the batch), arguments by name, tensors as name[request]; all but key
+    and value q_pos; mask, logits, weights, key and value kv_pos (positions count the request's keys);
+    logits, weights, query and output q_head and name[q_head]; key and value kv_head; the last four dim and
+    name[dim]. fi_backend/expressions.py has the language.
 
     text: instead of an expression, the inside of a C++ struct that inherits fi::Feature (csrc/variant.h),
-    with the function of that name; the keyword is then its eager torch form, with Feature's signature; for
-    text with keys() that is mask. Text with a mask() overrides seen_before() as well: the first key that may
-    be hidden.
+    with the functions of those names; the keywords are then their eager torch forms, with Feature's
+    signature; for text with keys() that is mask. Text with a mask() overrides seen_before() as well: the
+    first key that may be hidden.
 
     Raises ValueError for a name that is taken by something else, and for what is not in the language.
     """
-    if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or name in BUILT_IN:
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]*", name) or name in BUILT_IN or _ROPE.fullmatch(name):
         raise ValueError(f"expected a name of capitals, digits and _ that is not built in, got {name!r}")
     forms = {"mask": mask, "keys": keys, "logits": logits, "weights": weights}
+    forms |= {"query": query, "key": key, "value": value, "output": output}
     given = {kind: form for kind, form in forms.items() if form is not None}
-    if len(given) != 1:
+    if len(given) != 1 and not (given and given.keys() <= set(TRANSFORMS)):
         raise ValueError(
-            f"variant {name}: expected one of {', '.join(forms)}, got {' and '.join(given) or 'none'}"
+            f"variant {name}: expected one of {', '.join(list(forms)[:4])}, or some of "
+            f"{', '.join(TRANSFORMS)}, got {' and '.join(given) or 'none'}"
         )
-    [(kind, form)], place = given.items(), ("", 0)
+    place = ("", 0)
+    written: dict[str, Any] = dict(given)
+    eager: dict[str, Any] = given
     if text is None:
-        text, eager = functor(name, args, form, kind)
-    elif callable(form) and kind != "keys":
+        functions = {kind: functor(name, args, form, kind) for kind, form in given.items()}
+        text = "\n".join(text for text, _ in functions.values())
+        eager = {kind: form for kind, (_, form) in functions.items()}
+    elif "keys" not in given and all(map(callable, given.values())):
         caller = sys._getframe(1)
-        eager, place = form, place_of(text, caller.f_code.co_filename, caller.f_lineno)
+        place = place_of(text, caller.f_code.co_filename, caller.f_lineno)
+        written["text"] = text
     else:
         raise ValueError(
-            f"variant {name}: expected mask, logits or weights in torch beside text, got {kind}={form!r}"
+            f"variant {name}: expected mask, logits, weights, {', '.join(TRANSFORMS)} in torch beside text, "
+            f"got {', '.join(f'{kind}={form!r}' for kind, form in given.items())}"
         )
-    body = f'struct {name} : Feature {{\n{_CONSTANTS[kind]}#line 1 "{name}"\n{text}\n}};\n'
-    definition = name, args, {kind: form} if not callable(form) else {kind: form, "text": text}
+    constants = "".join(_CONSTANTS[kind] for kind in given)
+    body = f'struct {name} : Feature {{\n{constants}#line 1 "{name}"\n{text}\n}};\n'
     feature = Feature(
         name,
         f"fi::user::{name}",
         args,
         text=body,
         place=place,
-        definition=definition,
-        **{"mask" if kind == "keys" else kind: eager},
+        definition=(name, args, written),
+        **{"mask" if kind == "keys" else kind: form for kind, form in eager.items()},
     )
     if taken := _defined.get(name):
         old = taken.features[0]
@@ -346,7 +426,7 @@ def _define_and_parse(
 def compose(*, causal: bool, window: bool, soft_cap: bool, alibi: bool, sinks: bool) -> Variant:
     """The variant of a layer, in the one order adapters and `jit warmup` agree on."""
     wanted = ((CAUSAL, causal), (WINDOW, window), (SOFT_CAP, soft_cap), (ALIBI, alibi), (SINKS, sinks))
-    return reduce(Variant.__add__, (v for v, on in wanted if on), FULL)
+    return functools.reduce(Variant.__add__, (v for v, on in wanted if on), FULL)
 
 
 def with_places(message: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fi_backend.formats import BlockSparse, KVCache
+from fi_backend.rope import rope_turns
 from fi_backend.variants import TREE, Variant, parse
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -181,8 +182,14 @@ def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
         "sigmoid_bias": -2.0,
         "alibi_slopes": (2.0 ** -torch.arange(1, case.q_heads + 1).div(case.q_heads / 8)).to(device),
         "sinks": torch.randn(case.q_heads, generator=rng).to(device),
+        "q_norm": 0.5 + torch.rand(case.head_dim, generator=rng).to(device),
+        "k_norm": 0.5 + torch.rand(case.head_dim, generator=rng).to(device),
+        "norm_epsilon": 1e-5,
     }
     if TREE in variant:
         values |= {"tree_mask": tree_mask(case).to(device), "tree_tokens": tree_tokens(case)}
+    for arg in variant.args:
+        if arg.name == "rope_turns":
+            values |= {"rope_turns": rope_turns(2 * (arg.elements or case.head_dim // 2), device=device)}
     args = {a.name: values[a.name] for a in variant.args}
     return Inputs(case, q, kv, batch, out, lse, variant, args)

@@ -58,6 +58,16 @@ SHARES = define(
     Argument("shrink", "float"),
     weights="max(x, 0) * power - x * exp(-abs(x)) / (1 + shrink * (q_head + 1))",
 )
+# every transform of vectors, and of outputs
+GATED = define(
+    "GATED",
+    Argument("gates", "tensor"),
+    Argument("shares", "tensor", per="dim"),
+    query="x * shares[dim] + 0.01 * q_head",
+    key="x - 0.001 * kv_pos * shares[dim]",
+    value="x * (1 + 0.01 * (kv_pos % 7)) + kv_head",
+    output="x * gates[q_head] + shares[dim] * q_pos / 100",
+)
 CASE = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), dtype="f32", variant="FULL")
 ARGS: dict[str, dict[str, Any]] = {
     "PREFIX_LM+BENT": {
@@ -68,6 +78,10 @@ ARGS: dict[str, dict[str, Any]] = {
     "CAUSAL+STRIPES+ROOT_OF_DISTANCE": {"block": 5, "rate": 0.3},
     "PAGES": {"length": 60, "back": torch.tensor([0, 7, 0, 30, 500])},
     "STRIPES+SHARES": {"block": 2, "power": 0.5, "shrink": 2.0},
+    "CAUSAL+GATED": {
+        "gates": torch.tensor([0.5, -1.0, 2.0, 0.1]),
+        "shares": torch.linspace(-1, 1.5, 64),
+    },
 }
 
 

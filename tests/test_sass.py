@@ -19,12 +19,13 @@ ARCHES = (80, 90)
 LARGEST = ("bf16", 64, 64, "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS")
 TREE = ("bf16", 128, 128, "CAUSAL+TREE")  # what speculation asks for
 SIGMOID = ("bf16", 128, 128, "CAUSAL+SIGMOID")  # without softmax
+ROPE = ("bf16", 128, 128, "CAUSAL+ROPE")
 SQUARE = [("bf16", d, d, "CAUSAL") for d in (64, 128, 256)]
 SPECS = [
     jit.Spec(arch, dtype, qk, vo, parse(variant), batch_invariant, profile)
     for arch in ARCHES
     for batch_invariant, profile, wanted in (
-        (False, False, [*COMMON, LARGEST, TREE, SIGMOID]),
+        (False, False, [*COMMON, LARGEST, TREE, SIGMOID, ROPE]),
         (True, False, SQUARE),
         (False, True, [("bf16", 128, 128, "CAUSAL")]),
     )

@@ -44,6 +44,9 @@ CASES = [
     replace(SMALL, head_dim=144, head_dim_vo=128, variant="FULL"),  # short lines for V too
     replace(SMALL, head_dim=240, head_dim_vo=80, page_size=1, table="token", run=150),
     replace(SMALL, head_dim=256),
+    replace(SMALL, variant="CAUSAL+ROPE"),
+    replace(SMALL, variant="CAUSAL+QK_NORM+ROPE_24", head_dim=96, page_size=1, table="token", run=150),
+    replace(DECODE, variant="CAUSAL+QK_NORM+ROPE_INTERLEAVED", head_dim=256),
 ]
 
 

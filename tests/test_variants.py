@@ -36,6 +36,8 @@ def test_defined_variants_on_the_cpu(name: str) -> None:
         checks.poison(plan)
         out, lse = checks.run_inputs(plan, inputs)
         checks.compare(inputs, out, lse)
+    if "gates" in inputs.variant_args:
+        inputs.variant_args["gates"] = inputs.variant_args["gates"] + 0.1
     others = {"rate": 0.4, "cap": 3.0, "power": 0.6, "length": 50}
     inputs.variant_args |= {k: v for k, v in others.items() if k in inputs.variant_args}
     with pytest.raises(AssertionError, match="error"):  # the control: other arguments are other attention
@@ -112,11 +114,14 @@ def test_eager_form_is_python(text: str) -> None:
         ({"keys": "q_pos"}, "expected two expressions where there is no text, got 'q_pos'"),
         ({"keys": ("0", "q_pos + 0.5")}, r"expected keys to be integers, got \('0', 'q_pos \+ 0.5'\)"),
         ({"keys": ("kv_pos", "q_pos")}, "expected one of q_pos, kv_len, request, .*got 'kv_pos'"),
-        ({}, "expected one of mask, keys, logits, weights, got none"),
-        ({"mask": "True", "logits": "x"}, "expected one of mask, keys, logits, weights, got mask and logits"),
+        ({}, "expected one of mask, keys, logits, weights, or some of query, .*, got none"),
+        ({"mask": "True", "logits": "x"}, "expected one of mask, .* got mask and logits"),
+        ({"query": "x", "logits": "x"}, "expected one of mask, .* got logits and query"),
+        ({"query": "x + kv_pos"}, "expected one of q_pos, .*got 'kv_pos'"),
+        ({"key": "x * per_head[q_head]"}, r"expected no per_head here, got 'per_head\[q_head\]'"),
         (
             {"logits": "x", "text": "..."},
-            "expected mask, logits or weights in torch beside text, got logits='x'",
+            "expected mask, logits, weights, query, .* in torch beside text, got logits='x'",
         ),
     ],
 )
@@ -176,6 +181,29 @@ def test_keys_out_of_range_are_not_read() -> None:
     plan = checks.planner_for(inputs).plan(inputs.batch)
     out, _ = checks.run_inputs(plan, inputs)
     assert inputs.kv.k.isnan().any() and not out[: inputs.tokens].isnan().any()
+
+
+def test_transforms_of_text() -> None:
+    """Several functions in one text; a sum over the vector; elements of other lanes."""
+    mirrored = define(
+        "MIRRORED",
+        text="""
+        template <class A, class X>
+        FI_HD static auto query(const A&, X x, const Row& r) {
+          const float mean = x.sum([=](Dim d) { return x[d]; }) / X::kDim;
+          return mapped(x, [=](Dim d) { return x[Dim{0, X::kDim - 1 - d}] - mean * r.q_head; });
+        }
+        template <class A, class X>
+        FI_HD static auto key(const A&, X x, const Key& k) {
+          return mapped(x, [=](Dim d) { return x[Dim{0, X::kDim - 1 - d}] + 0.01f * k.kv_head; });
+        }
+        """,
+        query=lambda x, q_pos, **_: (
+            x.flip(-1) - x.mean(-1, keepdim=True) * torch.arange(len(x))[:, None, None]
+        ),
+        key=lambda x, kv_pos, **_: x.flip(-1) + 0.01 * torch.arange(len(x))[:, None, None],
+    )
+    check(mirrored, cases=3, device="cpu")
 
 
 def test_keys_that_go_down_are_named() -> None:

@@ -49,6 +49,30 @@ struct alignas(64) Tile {
   int rows;
 };
 
+// A vector as transforms see it.
+template <int kElements>
+struct Vector {
+  static constexpr int kDim = kElements;
+  const float* x;
+
+  float operator[](Dim d) const { return x[d]; }
+  template <class F>
+  float sum(F f) const {
+    float total = 0.f;
+    for (int d = 0; d < kDim; ++d) total += f(Dim{0, d});
+    return total;
+  }
+};
+
+// x becomes transform(x).
+template <int kDim, class Transform>
+void replace(float* x, Transform transform) {
+  float old[kDim];
+  std::copy_n(x, kDim, old);
+  auto changed = transform(Vector<kDim>{old});
+  for (int d = 0; d < kDim; ++d) x[d] = changed[Dim{0, d}];
+}
+
 Tile& my_tile() {
   thread_local std::unique_ptr<Tile> tile(new Tile);
   return *tile;
@@ -79,17 +103,22 @@ Place place_of(const AttentionParams& p, const WorkItem& w, int i) {
   return {first_token(p, w) + row / p.group, w.kv_head * p.group + row % p.group};
 }
 
-void load_rows(const AttentionParams& p, const Args& args, const WorkItem& w, Tile& t) {
+Row row_at(const AttentionParams& p, const WorkItem& w, int i) {
+  Place at = place_of(p, w, i);
   int32_t kv_len = p.batch.kv_len[w.request];
-  int32_t q_len = p.batch.qo_indptr[w.request + 1] - p.batch.qo_indptr[w.request];
+  return {w.request, at.head, kv_len - int32_t(p.batch.qo_indptr[w.request + 1] - at.token), kv_len};
+}
+
+void load_rows(const AttentionParams& p, const Args& args, const WorkItem& w, Tile& t) {
   t.rows = rows_of(p, w);
   for (int i = 0; i < t.rows; ++i) {
     Place at = place_of(p, w, i);
-    int32_t q_pos = kv_len - q_len + int32_t(at.token - first_token(p, w));
-    t.row[i] = {w.request, at.head, q_pos, kv_len};
+    t.row[i] = row_at(p, w, i);
     t.keys[i] = Variant::keys(args, t.row[i]);
     const Element* q = static_cast<const Element*>(p.q) + at.token * p.q_token + at.head * p.q_head;
     for (int d = 0; d < kHeadDimQk; ++d) t.q[i][d] = to_float(q[d]);
+    if constexpr (Variant::kHasQuery)
+      replace<kHeadDimQk>(t.q[i], [&](auto x) { return Variant::query(args, x, t.row[i]); });
   }
 }
 
@@ -119,7 +148,8 @@ int64_t page_of(const Batch& b, int32_t request, int32_t index, int32_t page_siz
 
 // Keys [begin, end) of a KV tile to their places in t.k and t.v; before them, and after them up to a multiple
 // of 4, the rest is 0.
-void load_keys(const AttentionParams& p, const WorkItem& w, int32_t begin, int32_t end, Tile& t) {
+void load_keys(const AttentionParams& p, const Args& args, const WorkItem& w, int32_t begin, int32_t end,
+               Tile& t) {
   const KVCache& kv = p.kv;
   int32_t origin = begin / kKeys * kKeys;
   for (int32_t pos = begin; pos < end;) {
@@ -135,6 +165,11 @@ void load_keys(const AttentionParams& p, const WorkItem& w, int32_t begin, int32
       const Element* from_v = v + (offset + i) * kv.v_token;
       for (int d = 0; d < kHeadDimQk; ++d) to_k[d] = to_float(from_k[d]);
       for (int d = 0; d < kHeadDimVo; ++d) to_v[d] = to_float(from_v[d]);
+      const Key key{w.request, w.kv_head, pos + i, p.batch.kv_len[w.request]};
+      if constexpr (Variant::kHasKey)
+        replace<kHeadDimQk>(to_k, [&](auto x) { return Variant::key(args, x, key); });
+      if constexpr (Variant::kHasValue)
+        replace<kHeadDimVo>(to_v, [&](auto x) { return Variant::value(args, x, key); });
     }
     pos += run;
   }
@@ -191,7 +226,7 @@ void attend(const AttentionParams& p, const Args& args, const WorkItem& w, KeyRa
   for (int32_t begin = range.begin; begin < range.end;) {
     int32_t origin = begin / kKeys * kKeys, end = std::min(origin + kKeys, range.end);
     int count = end - origin;
-    load_keys(p, w, begin, end, t);
+    load_keys(p, args, w, begin, end, t);
     for (int i = 0; i < t.rows; i += 2) {
       dot_rows<kPadQk, kKeys>(t.q[i], t.k[0], pad(count, 4), p.scale, t.s[0]);
       float keep[2] = {1.f, 1.f};
@@ -204,19 +239,20 @@ void attend(const AttentionParams& p, const Args& args, const WorkItem& w, KeyRa
   }
 }
 
-void write_row(const AttentionParams& p, const Args& args, const WorkItem& w, int i, State state,
-               const float* o) {
+void write_row(const AttentionParams& p, const Args& args, const WorkItem& w, int i, const Row& row,
+               State state, const float* o) {
   Place at = place_of(p, w, i);
   Element* out = static_cast<Element*>(p.out) + at.token * p.o_token + at.head * p.o_head;
   float factor = state.finish<Variant>(args, at.head);
-  for (int d = 0; d < kHeadDimVo; ++d) out[d] = from_float<Element>(o[d] * factor);
+  for (int d = 0; d < kHeadDimVo; ++d)
+    out[d] = from_float<Element>(Variant::output(args, o[d] * factor, row, d));
   if (p.lse) p.lse[at.token * p.kv_heads * p.group + at.head] = state.lse() * kLn2;
 }
 
 void store(const AttentionParams& p, const Args& args, const WorkItem& w, const Tile& t) {
   for (int i = 0; i < t.rows; ++i) {
     if (w.slot < 0) {
-      write_row(p, args, w, i, t.state[i], t.o[i]);
+      write_row(p, args, w, i, t.row[i], t.state[i], t.o[i]);
       continue;
     }
     int64_t at = int64_t(w.slot) * p.partial_rows + i;
@@ -238,7 +274,7 @@ void join_chunk(const AttentionParams& p, const Args& args, const WorkItem& w, i
     for (int d = 0; d < kHeadDimVo; ++d)
       t.o[i][d] = State::joined(first ? 0.f : o[d], f, t.o[i][d] * inverse);
     if (last && w.slot < 0) {
-      write_row(p, args, w, i, state, t.o[i]);
+      write_row(p, args, w, i, t.row[i], state, t.o[i]);
       continue;
     }
     std::copy_n(t.o[i], kHeadDimVo, o);
@@ -272,7 +308,7 @@ void merge(const AttentionParams& p, const Args& args, const WorkItem& w) {
       State::Factors f = state.join(p.partial_lse[at], kBatchInvariant ? p.partial_sum[at] : 1.f);
       for (int d = 0; d < kHeadDimVo; ++d) o[d] = State::joined(o[d], f, p.partial_o[at * kHeadDimVo + d]);
     }
-    write_row(p, args, w, i, state, o);
+    write_row(p, args, w, i, row_at(p, w, i), state, o);
   }
 }
 

@@ -9,6 +9,7 @@
 // barrier (everybody has left step h - 1), starts the copy of step h + kSlots - 1 into the slot just left,
 // then computes.
 #pragma once
+#include "../smxx/vector.cuh"
 #include "chunk.cuh"
 #include "load.cuh"
 #include "mma.cuh"
@@ -80,6 +81,27 @@ struct TileStream {
   }
 };
 
+// What lies in shared memory becomes what the variant makes of it; barriers come before and after.
+__device__ __forceinline__ void transform_q(const AttentionParams& p, const Args& args, const Smem& smem,
+                                            int rows) {
+  if constexpr (Variant::kHasQuery) {
+    int thread = fresh_thread_index();
+    transform_queries(p, args, *smem.task, rows, thread / 32, kWarps, thread % 32,
+                      [&](int row, int chunk) { return element_at(smem.q + LayoutQk::offset(row, chunk)); });
+  }
+}
+
+template <bool kOfV>
+__device__ __forceinline__ void transform_kv(const Args& args, const Smem& smem, int tile, uint32_t slot) {
+  if constexpr (kOfV ? Variant::kHasValue : Variant::kHasKey) {
+    using Layout = std::conditional_t<kOfV, LayoutVo, LayoutQk>;
+    int thread = fresh_thread_index();
+    transform_tokens<kOfV>(args, *smem.task, smem.task->first_token + tile * kTileKv, thread / 32, kWarps,
+                           thread % 32,
+                           [=](int row, int chunk) { return element_at(slot + Layout::offset(row, chunk)); });
+  }
+}
+
 // The task in shared memory; all threads enter and leave at a barrier.
 template <bool kWide>
 __device__ __forceinline__ void process(const AttentionParams& p, const Args& args, const Smem& smem) {
@@ -112,6 +134,11 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
       copy_async_wait<kSlots - 2>();
       __syncthreads();
       stream.issue<!kEven>(tile + (kSlots - 1) / 2, stream.slot_before(slot));
+      if constexpr (Variant::kHasQuery || Variant::kHasKey) {
+        if (tile == 0) transform_q(p, args, smem, kWide ? kTileQ : 16);
+        transform_kv<false>(args, smem, tile, slot);
+        __syncthreads();
+      }
       if (tile == 0) q.keep();
       if (has_rows()) {
         int token = task.first_token + tile * kTileKv + warp_token;
@@ -127,6 +154,10 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
       copy_async_wait<kSlots - 2>();
       __syncthreads();
       stream.issue<kEven>(tile + kSlots / 2, stream.slot_before(slot));
+      if constexpr (Variant::kHasValue) {
+        transform_kv<true>(args, smem, tile, slot);
+        __syncthreads();
+      }
       if (kBatchInvariant && kFragments > 1 && !has_rows(kFragments - 1)) {
         if (has_rows()) accumulate<kTokens, 1>(lane, o, probabilities, slot, warp_token);
       } else if (has_rows()) {

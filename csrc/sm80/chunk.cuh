@@ -43,7 +43,8 @@ __device__ __forceinline__ void join_chunk(const RowState<true>& state, const Ou
       sum.x = State::joined(sum.x, factors, values[0] * inverse);
       sum.y = State::joined(sum.y, factors, values[1] * inverse);
       if (last) {
-        *reinterpret_cast<uint32_t*>(out + 8 * n) = pack2<Element>(sum.x * factor, sum.y * factor);
+        *reinterpret_cast<uint32_t*>(out + 8 * n) =
+            output2(state.args, task.row(p, packed), 8 * n + lane % 4 * 2, sum.x * factor, sum.y * factor);
       } else {
         *reinterpret_cast<float2*>(sums + 8 * n) = sum;
       }

@@ -1,12 +1,13 @@
 // The producer warpgroup, as far ahead of the consumers as there is room: one warp makes work items ready and
 // loads their queries, three load KV tiles.
 #pragma once
+#include "../smxx/vector.cuh"
 #include "smem.cuh"
 
 namespace fi::sm90 {
 
 // Walks the worker's items, and loads rows of Q: whole wide tiles by TMA where the heads of a group fill
-// them, others by cp.async.
+// them, others by cp.async. So are those that it transforms, which this warp then awaits.
 struct QueryProducer {
   const Params& params;
   const AttentionParams& p;
@@ -55,13 +56,18 @@ struct QueryProducer {
       __syncwarp();
       smem.wait_q_empty(n);
       if (item < end && task.end > task.begin) {
-        if (params.q_boxes && task.wide) {
+        if (!Variant::kHasQuery && params.q_boxes && task.wide) {
           if (lane == 0) load_boxes(task, smem.q(n), smem.q_full(n));
         } else {
           load_rows(task, smem.q(n));
         }
       }
-      barrier_arrive_copies(smem.q_full(n));
+      if constexpr (Variant::kHasQuery) {
+        if (item < end && task.end > task.begin) transform(args, task, smem.q(n));
+        barrier_arrive(smem.q_full(n));
+      } else {
+        barrier_arrive_copies(smem.q_full(n));
+      }
       if (item >= end) return;
     }
   }
@@ -90,6 +96,19 @@ struct QueryProducer {
                            task.head_of(p, packed) * p.q_head + chunk * 8;
       copy_async_16(dst + chunk_offset<kTileQ>(row, chunk), src, true);
     }
+  }
+
+  __device__ __forceinline__ static int rows_of(const Task& task) {
+    return task.wide ? kTileQ : (task.end - task.begin + 15) / 16 * 16;
+  }
+
+  __device__ __forceinline__ void transform(const Args& args, const Task& task, uint32_t rows) const {
+    wait_copies();
+    __syncwarp();
+    transform_queries(p, args, task, rows_of(task), 0, 1, lane, [=](int row, int chunk) {
+      return element_at(rows + chunk_offset<kTileQ>(row, chunk));
+    });
+    fence_async_proxy();
   }
 };
 
@@ -144,7 +163,8 @@ struct Source {
   TokenPlace at[2];
 };
 
-// K0 K1 V0 K2 V1 ... as the consumers want them.
+// K0 K1 V0 K2 V1 ... as the consumers want them. Where the variant transforms keys or values, this is done a
+// tile behind the loads: with two slots, the one that is awaited then holds a tile that consumers can leave.
 struct KvProducer {
   static constexpr int kWarps = kKvThreads / 32;
   // A warp gathers kRows tokens at a time by kLanes lanes each, a lane 16 bytes. Their places in eight lines
@@ -199,6 +219,25 @@ struct KvProducer {
         load<false>(task, source);
       }
       if (t > 0) load<true>(task, before);
+      if (t > 0) transform<false>(task, t - 1, k_tiles - (t < task.tiles ? 2 : 1));
+      if (t > 1) transform<true>(task, t - 2, v_tiles - 2);
+    }
+    transform<true>(task, task.tiles - 1, v_tiles - 1);
+  }
+
+  // Tile t of the task, number n of all.
+  template <bool kOfV>
+  __device__ __forceinline__ void transform(const Task& task, int t, uint32_t n) const {
+    if constexpr (kOfV ? Variant::kHasValue : Variant::kHasKey) {
+      const Args& args = *reinterpret_cast<const Args*>(p.variant_args);
+      const auto& ring = smem.ring<kOfV>();
+      ring.wait_landed(n);
+      transform_tokens<kOfV>(args, task, task.first_token + t * kTileKv, warp, kWarps, lane,
+                             [slot = ring.slot(n)](int row, int chunk) {
+                               return element_at(slot + chunk_offset<kTileKv>(row, chunk));
+                             });
+      fence_async_proxy();
+      barrier_arrive(ring.full_of(n));
     }
   }
 
@@ -209,7 +248,7 @@ struct KvProducer {
     const auto& ring = smem.ring<kOfV>();
     uint32_t tile = kOfV ? v_tiles++ : k_tiles++;
     ring.wait_empty(tile);
-    uint32_t slot = ring.slot(tile), full = ring.full_of(tile);
+    uint32_t slot = ring.slot(tile), full = ring.landed_of(tile);
     const CUtensorMap* map = kOfV ? &params.v : &params.k;
     if (source.way == Way::kBoxes) {
       copy_boxes<kLines>(slot, full, map, task.kv_head, source.at[kOfV]);

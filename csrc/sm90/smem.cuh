@@ -42,25 +42,35 @@ struct Control {  // barriers are named by their event
   uint64_t k_full[kKSlots], k_empty[kKSlots], v_full[kVSlots], v_empty[kVSlots];
   uint64_t task_full[kTasks], task_empty[kTasks], q_full[kQStages], q_empty[kQStages];
   Task task[kTasks];
-  BoxTiles box_tiles[kTasks];  // of the task
-  int32_t item[kTasks];        // profiling builds: of the task
-  float nowhere;               // see before_next_wait
-  float2 states[kGroupRows];   // max and sum of the second warpgroup's rows, narrow tiles
+  BoxTiles box_tiles[kTasks];                     // of the task
+  int32_t item[kTasks];                           // profiling builds: of the task
+  float nowhere;                                  // see before_next_wait
+  float2 states[kGroupRows];                      // max and sum of the second warpgroup's rows, narrow tiles
+  uint64_t k_landed[kKSlots], v_landed[kVSlots];  // before a transform
 };
 static_assert(sizeof(Control) <= kControlBytes, "kControlBytes");
 
 // Tile n goes to slot n % kSlots, in round n / kSlots. A barrier tells two rounds apart, not three: whoever
 // waits must wait for every tile, in order.
-template <int kSlots, int kBytes>
+template <int kSlots, int kBytes, bool kTransformed>
 struct Ring {
-  uint32_t slots, full, empty;
+  uint32_t slots, full, empty, landed;
 
-  __device__ Ring(uint32_t place, const uint64_t* full_barriers, const uint64_t* empty_barriers)
-      : slots(place), full(smem_address(full_barriers)), empty(smem_address(empty_barriers)) {}
+  __device__ Ring(uint32_t place, const uint64_t* full_barriers, const uint64_t* empty_barriers,
+                  const uint64_t* landed_barriers)
+      : slots(place),
+        full(smem_address(full_barriers)),
+        empty(smem_address(empty_barriers)),
+        landed(kTransformed ? smem_address(landed_barriers) : full) {}
 
   __device__ __forceinline__ uint32_t slot(uint32_t n) const { return slots + n % kSlots * kBytes; }
   __device__ __forceinline__ uint32_t full_of(uint32_t n) const { return full + n % kSlots * 8; }
   __device__ __forceinline__ uint32_t empty_of(uint32_t n) const { return empty + n % kSlots * 8; }
+  // Where loads arrive: that is what consumers await, unless a transform comes between.
+  __device__ __forceinline__ uint32_t landed_of(uint32_t n) const { return landed + n % kSlots * 8; }
+  __device__ __forceinline__ void wait_landed(uint32_t n) const {
+    barrier_wait(landed_of(n), n / kSlots & 1);
+  }
   __device__ __forceinline__ void wait_full(uint32_t n) const { barrier_wait(full_of(n), n / kSlots & 1); }
   __device__ __forceinline__ void wait_empty(uint32_t n) const {
     barrier_wait(empty_of(n), n / kSlots & 1 ^ 1);
@@ -69,14 +79,15 @@ struct Ring {
     for (int n = 0; n < kSlots; ++n) {
       barrier_init(full_of(n), kKvThreads);
       barrier_init(empty_of(n), kConsumerWarps);
+      if constexpr (kTransformed) barrier_init(landed_of(n), kKvThreads);
     }
   }
 };
 
 struct Smem {
   Control& control;
-  Ring<kKSlots, kKBytes> k;
-  Ring<kVSlots, kVBytes> v;
+  Ring<kKSlots, kKBytes, Variant::kHasKey> k;
+  Ring<kVSlots, kVBytes, Variant::kHasValue> v;
   uint32_t queries;
 
   template <bool kOfV>
@@ -90,8 +101,8 @@ struct Smem {
 
   __device__ explicit Smem(unsigned char* base)
       : control(*reinterpret_cast<Control*>(base + kRingBytes + kQStages * kQBytes)),
-        k(smem_address(base), control.k_full, control.k_empty),
-        v(k.slots + kKSlots * kKBytes, control.v_full, control.v_empty),
+        k(smem_address(base), control.k_full, control.k_empty, control.k_landed),
+        v(k.slots + kKSlots * kKBytes, control.v_full, control.v_empty, control.v_landed),
         queries(k.slots + kRingBytes) {}
 
   // Of item n of the worker.

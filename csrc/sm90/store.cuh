@@ -42,6 +42,7 @@ __device__ __forceinline__ void store_whole_rows(const RowState& state, const Ou
   for (int i = 0; i < 2; ++i) {
     int packed = state.packed(i);
     bool exists = packed < state.task->end;
+    const Row row = state.row(i);
     float factor = 0.f;
     Element* out = nullptr;
     if (exists) {
@@ -55,7 +56,8 @@ __device__ __forceinline__ void store_whole_rows(const RowState& state, const Ou
 #pragma unroll
       for (int k = 0; k < 4 && first + k < kChunks; ++k) {
         int n = first + k;
-        x[k] = pack2<Element>(o[4 * n + 2 * i] * factor, o[4 * n + 2 * i + 1] * factor);
+        x[k] = output2(state.args, row, 8 * n + lane % 4 * 2, o[4 * n + 2 * i] * factor,
+                       o[4 * n + 2 * i + 1] * factor);
       }
       transpose_quad(x, lane);
       int chunk = first + lane % 4;

@@ -105,18 +105,23 @@ __device__ __forceinline__ void merge_rows(const AttentionParams& p, Wait wait) 
       State joined = kInOrder ? join_states<kDimVo>(p, begin, end, row_of_tile, o)
                               : weigh_states<kDimVo>(p, begin, end, row_of_tile, o);
       int token = packed / p.group, head = item.kv_head * p.group + packed - token * p.group;
-      int64_t row = q_first + token;
+      int64_t q_token = q_first + token;
       float factor = joined.finish<Variant>(args, head);
-      if (p.lse && lane == 0) p.lse[row * (p.kv_heads * p.group) + head] = joined.lse() * kLn2;
-      Element* out = static_cast<Element*>(p.out) + row * p.o_token + head * p.o_head;
+      if (p.lse && lane == 0) p.lse[q_token * (p.kv_heads * p.group) + head] = joined.lse() * kLn2;
+      Element* out = static_cast<Element*>(p.out) + q_token * p.o_token + head * p.o_head;
+      Row row{item.request, head, 0, 0};
+      if constexpr (Variant::kHasOutput) {
+        row.kv_len = p.batch.kv_len[item.request];
+        row.q_pos = row.kv_len - q_len + token;
+      }
 #pragma unroll
       for (int v = 0; v < sizeof(o) / sizeof(float4); ++v) {
         int column = 4 * lane + 128 * v;
         if (column >= kDimVo) continue;
-        out[column] = Element(o[v].x * factor);
-        out[column + 1] = Element(o[v].y * factor);
-        out[column + 2] = Element(o[v].z * factor);
-        out[column + 3] = Element(o[v].w * factor);
+        out[column] = Element(Variant::output(args, o[v].x * factor, row, column));
+        out[column + 1] = Element(Variant::output(args, o[v].y * factor, row, column + 1));
+        out[column + 2] = Element(Variant::output(args, o[v].z * factor, row, column + 2));
+        out[column + 3] = Element(Variant::output(args, o[v].w * factor, row, column + 3));
       }
     }
     if constexpr (kProfile) __syncthreads();  // the last warp is done

@@ -94,7 +94,7 @@ class Spec:
         return (
             f"// {self}\n#pragma once\n#define FI_ARCH {self.arch}\n#define FI_ROOM {self.room}\n"
             f"#define {_ELEMENTS[self.dtype]} 1\n"
-            f'#include "variant.h"\n{defined}namespace fi::spec {{\n'
+            f'#include "transforms.h"\n{defined}namespace fi::spec {{\n'
             f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
             f"constexpr bool kBatchInvariant = {str(self.batch_invariant).lower()};\n"
             f"constexpr bool kProfile = {str(self.profile).lower()};\n"

@@ -4,8 +4,6 @@
 
 #include "../smxx/ptx.cuh"
 
-inline void* __cvta_shared_to_generic(uint32_t address) { return fi::smxx::shared_byte(address); }
-
 namespace fi::sm90 {
 
 using emulate::block;
@@ -25,6 +23,10 @@ inline void barrier_arrive_copies(uint32_t barrier) {
     for (auto& copy : copies) copy();
     block.arrive(barrier, 1, 0);
   });
+  block.self().copies.clear();
+}
+inline void wait_copies() {
+  for (auto& copy : block.self().copies) copy();
   block.self().copies.clear();
 }
 inline void barrier_wait(uint32_t barrier, int parity) {

@@ -31,3 +31,5 @@ uint32_t pack2(float lo, float hi) {
 inline float exp2_approx(float x) { return exp2f(x); }
 
 }  // namespace fi::smxx
+
+inline void* __cvta_shared_to_generic(uint32_t address) { return fi::smxx::shared_byte(address); }
