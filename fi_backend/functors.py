@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from .variants import Argument
 
 
+_INDICES = {  # of a tensor argument, by what it is per
+    "head": ("q_head",),
+    "request": ("request",),
+    "token": ("q_token",),
+    "key": ("kv_pos", "q_pos"),
+}
+
+
 def functor(
     name: str, args: tuple[Argument, ...], source: object, kind: str
 ) -> tuple[str, Callable[..., torch.Tensor]]:
@@ -22,7 +30,7 @@ def functor(
     if not all(isinstance(x, str) for x in sources) or len(sources) != (2 if kind == "keys" else 1):
         wanted = "two expressions" if kind == "keys" else "an expression"
         raise ValueError(f"variant {name}: expected {wanted} where there is no text, got {source!r}")
-    scope = {n: Name("int", f"r.{n}") for n in ("q_pos", "kv_len", "request")}
+    scope = {n: Name("int", f"r.{n}") for n in ("q_pos", "q_token", "q_len", "kv_len", "request")}
     if kind != "keys":
         scope |= {"kv_pos": Name("int", "kv_pos")}
     if kind in ("logits", "weights"):
@@ -32,13 +40,13 @@ def functor(
             raise ValueError(f"variant {name}: expected another name for argument {arg.name!r}")
         if arg.kind != "tensor":
             scope[arg.name] = Name(arg.kind, f"a.{arg.name}")
-        elif arg.per in ("head", "request"):
-            index = "q_head" if arg.per == "head" else "request"
-            element = "float" if arg.dtype == torch.float32 else "int"
-            scope[arg.name] = Name(element, f"a.{arg.name}", index)
+        elif arg.per in _INDICES:
+            element = {torch.float32: "float", torch.bool: "bool"}.get(arg.dtype, "int")
+            text = f"a.{arg.name}[r]" if arg.per_key else f"a.{arg.name}"
+            scope[arg.name] = Name(element, text, _INDICES[arg.per], arg.per_key)
         else:
             raise ValueError(
-                f"variant {name}: expected {arg.name} per head or per request, got per {arg.per}"
+                f"variant {name}: expected {arg.name} per {', '.join(_INDICES)}, got per {arg.per}"
             )
     part, *others = (translate(x, scope, f"variant {name}") for x in sources)
     if kind == "keys":
@@ -71,9 +79,14 @@ _NUMBER = """template <class A, class X>
 FI_HD static float {}(const A& a, X x, const Row& r, Position kv_pos) {{ return {}; }}"""
 
 
+def _tokens(q_pos: torch.Tensor, args: Mapping[str, Any]) -> torch.Tensor:
+    return torch.arange(len(q_pos), device=q_pos.device) + args["q_first"]
+
+
 def _eager_mask(part: Part) -> Callable[..., torch.Tensor]:
     def mask(q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
-        found = part.eager(args | {"q_pos": q_pos[:, None], "kv_pos": kv_pos[None, :]})
+        names = {"q_pos": q_pos[:, None], "kv_pos": kv_pos[None, :], "q_token": _tokens(q_pos, args)[:, None]}
+        found = torch.as_tensor(part.eager(args | names))
         return found.to(q_pos.device).expand(len(q_pos), len(kv_pos))
 
     return mask
@@ -83,7 +96,8 @@ def _eager_keys(name: str, begin: Part, end: Part) -> Callable[..., torch.Tensor
     def mask(q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
         bounds = []
         for part in (begin, end):
-            found = torch.as_tensor(part.eager(args | {"q_pos": q_pos}), device=q_pos.device)
+            names = {"q_pos": q_pos, "q_token": _tokens(q_pos, args)}
+            found = torch.as_tensor(part.eager(args | names), device=q_pos.device)
             bounds.append(found.expand(len(q_pos)))
             if not q_pos.is_meta and (bounds[-1].diff() < 0).any():
                 raise ValueError(
@@ -99,6 +113,7 @@ def _eager_number(part: Part) -> Callable[..., torch.Tensor]:
     def number(x: torch.Tensor, q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
         heads = torch.arange(len(x), device=x.device)[:, None, None]
         names = {"x": x, "q_pos": q_pos[None, :, None], "kv_pos": kv_pos[None, None, :], "q_head": heads}
+        names["q_token"] = _tokens(q_pos, args)[None, :, None]
         found = torch.as_tensor(part.eager(args | names), device=x.device)
         return found.to(x.dtype).expand(x.shape)
 

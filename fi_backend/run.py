@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from . import arrays, custom_ops, debug, env, jit
 from .arrays import Array
 from .formats import KVCache
-from .variants import CAUSAL, WINDOW, Variant
+from .variants import CAUSAL, PACKED_MASK, WINDOW, Variant
 
 if TYPE_CHECKING:
     from .plan import Plan, Planner
@@ -164,6 +164,14 @@ def run(
             raise ValueError(
                 f"expected {name} of at least {plan.batch.num_requests} requests (the batch's), got {found}"
             )
+    for name in variant.per_token:
+        if (found := variant_args[name].shape[0]) < q.shape[0]:
+            raise ValueError(f"expected {name} of at least {q.shape[0]} tokens (q's), got {found}")
+    if runner.gpu is None or runner.debug:
+        for name in variant.per_key:
+            debug.check_positions(plan.batch, name, variant_args[name].shape[1])
+        if PACKED_MASK in variant:
+            debug.check_packed_mask(plan.batch, variant_args["packed_mask"], variant_args["mask_indptr"])
     if lse is not None and not variant.softmax:
         raise ValueError(f"expected no lse with {variant}, which has no softmax")
     if out is None:

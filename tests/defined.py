@@ -12,7 +12,7 @@ from fi_backend.variants import Argument, define, parse
 
 # a prefix that is visible to all of a request's tokens, causal after it
 PREFIX = define(
-    "PREFIX_LM",
+    "PREFIX",
     Argument("prefix", "tensor", dtype=torch.int32, per="request"),
     mask="kv_pos <= q_pos or kv_pos < prefix[request]",
 )
@@ -58,9 +58,22 @@ SHARES = define(
     Argument("shrink", "float"),
     weights="max(x, 0) * power - x * exp(-abs(x)) / (1 + shrink * (q_head + 1))",
 )
+# tensors per key, and per query token
+SEGMENT = define(
+    "SEGMENT",
+    Argument("segment", "tensor", dtype=torch.uint8, per="key"),
+    Argument("valid", "tensor", dtype=torch.bool, per="key"),
+    mask="segment[q_pos] - segment[kv_pos] == 0 and valid[kv_pos] or kv_pos < q_len // 8",
+)
+IMPORTANCE = define(
+    "IMPORTANCE",
+    Argument("importance", "tensor", per="key"),
+    Argument("temperature", "tensor", per="token"),
+    logits="x / temperature[q_token] + importance[kv_pos] - 0.1 * importance[q_pos]",
+)
 CASE = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), dtype="f32", variant="FULL")
 ARGS: dict[str, dict[str, Any]] = {
-    "PREFIX_LM+BENT": {
+    "PREFIX+BENT": {
         "prefix": torch.tensor([40, 2, 5, 100, 9], dtype=torch.int32),
         "cap": 2.0,
         "slopes": torch.tensor([0.5, 0.25, 0.1, -0.1]),
@@ -68,6 +81,12 @@ ARGS: dict[str, dict[str, Any]] = {
     "CAUSAL+STRIPES+ROOT_OF_DISTANCE": {"block": 5, "rate": 0.3},
     "PAGES": {"length": 60, "back": torch.tensor([0, 7, 0, 30, 500])},
     "STRIPES+SHARES": {"block": 2, "power": 0.5, "shrink": 2.0},
+    "SEGMENT+IMPORTANCE": {
+        "segment": torch.arange(5 * 200, dtype=torch.uint8).view(5, 200) // 32,
+        "valid": torch.arange(5 * 200).view(5, 200) % 7 != 3,
+        "importance": torch.linspace(-1, 1, 5 * 200).view(5, 200),
+        "temperature": torch.linspace(0.5, 2, 200),
+    },
 }
 
 

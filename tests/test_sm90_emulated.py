@@ -34,6 +34,7 @@ CASES = [
     replace(SMALL, page_size=3, layout="padded", run=7),
     replace(SMALL, variant=EVERYTHING),
     replace(SMALL, variant="CAUSAL+TREE", q_lens=(7,) * 3, kv_lens=(7, 200, 66)),
+    replace(SMALL, variant="DOCUMENT+PREFIX_LM+PACKED_MASK"),
     DECODE,
     replace(DECODE, page_size=1, table="token", run=300),
     replace(DECODE, head_dim=128),

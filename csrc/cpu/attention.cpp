@@ -54,13 +54,6 @@ Tile& my_tile() {
   return *tile;
 }
 
-Args args_of(const AttentionParams& p) {
-  static_assert(sizeof(Args) <= kMaxVariantBytes, "too many variant arguments");
-  Args args;
-  std::memcpy(static_cast<void*>(&args), p.variant_args, sizeof(Args));
-  return args;
-}
-
 int64_t first_token(const AttentionParams& p, const WorkItem& w) { return p.batch.qo_indptr[w.request]; }
 
 int rows_of(const AttentionParams& p, const WorkItem& w) {
@@ -86,7 +79,7 @@ void load_rows(const AttentionParams& p, const Args& args, const WorkItem& w, Ti
   for (int i = 0; i < t.rows; ++i) {
     Place at = place_of(p, w, i);
     int32_t q_pos = kv_len - q_len + int32_t(at.token - first_token(p, w));
-    t.row[i] = {w.request, at.head, q_pos, kv_len};
+    t.row[i] = {w.request, at.head, q_pos, kv_len, q_len, int32_t(at.token)};
     t.keys[i] = Variant::keys(args, t.row[i]);
     const Element* q = static_cast<const Element*>(p.q) + at.token * p.q_token + at.head * p.q_head;
     for (int d = 0; d < kHeadDimQk; ++d) t.q[i][d] = to_float(q[d]);
@@ -277,7 +270,7 @@ void merge(const AttentionParams& p, const Args& args, const WorkItem& w) {
 }
 
 void run(const AttentionParams& p) {
-  const Args args = args_of(p);
+  const Args args = args_of<Args>(p);
 #pragma omp parallel if (p.header->items > 1)
   {
     Tile& tile = my_tile();

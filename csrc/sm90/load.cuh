@@ -31,7 +31,7 @@ struct QueryProducer {
   }
 
   __device__ __forceinline__ void run() const {
-    const Args& args = *reinterpret_cast<const Args*>(p.variant_args);
+    const Args& args = args_of<Args>(p);
     int slices = p.header->rounds * gridDim.x, slice = blockIdx.x;
     int item = p.worker_indptr[slice], end = p.worker_indptr[slice + 1];
     for (uint32_t n = 0;; ++n, ++item) {

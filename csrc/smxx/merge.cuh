@@ -1,6 +1,7 @@
 // Joins the partial states of tiles that were split over KV, in slot order, so that results do not depend on
 // timing. One block a merge entry, one warp a row.
 #pragma once
+#include "../arguments.h"
 #include "../state.h"
 #include "../timer.h"
 
@@ -86,7 +87,7 @@ __device__ __forceinline__ State join_states(const AttentionParams& p, int begin
 template <class Element, class Variant, class Args, bool kInOrder, bool kProfile, int kTileQ,
           int kTileQNarrow, int kDimVo, class Wait>
 __device__ __forceinline__ void merge_rows(const AttentionParams& p, Wait wait) {
-  Args args = *reinterpret_cast<const Args*>(p.variant_args);
+  Args args = args_of<Args>(p);
   int lane = threadIdx.x % 32;
   int merges = p.header->merges;
   bool failed = p.header->error, waited = false;

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from .. import env
-from ..variants import Variant, with_places
+from ..variants import ELEMENTS, Argument, Variant, with_places
 from . import toolchain
 from .toolchain import BuildError, log
 
@@ -34,11 +34,6 @@ CPU = 0  # the arch and the room of the CPU executor
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _ELEMENTS = {"bf16": "FI_ELEMENT_BF16", "f16": "FI_ELEMENT_F16", "f32": "FI_ELEMENT_F32"}
 _C_TYPES = {"float": "float", "int": "int32_t"}
-_C_POINTERS = {
-    torch.float32: "const float*",
-    torch.int32: "const int32_t*",
-    torch.int64: "const int64_t*",
-}
 
 
 def csrc() -> Path:
@@ -84,21 +79,27 @@ class Spec:
         more = " batch invariant" * self.batch_invariant + " profile" * self.profile
         return f"{arch_name(self.arch)} attention {self.dtype} {dims} {self.variant}{more}"
 
+    def _c_type(self, arg: Argument) -> str:
+        if arg.kind != "tensor":
+            return _C_TYPES[arg.kind]
+        data = f"const {ELEMENTS[arg.dtype]}*"
+        return f"fi::PerKey<{data}>" if arg.per_key else data
+
     def header(self) -> str:
         """The text of fi_spec.h: configuration only."""
-        types = [_C_POINTERS[a.dtype] if a.kind == "tensor" else _C_TYPES[a.kind] for a in self.variant.args]
-        members = "".join(f" alignas(8) {t} {a.name};" for t, a in zip(types, self.variant.args, strict=True))
+        members = "".join(f" alignas(8) {self._c_type(a)} {a.name};" for a in self.variant.args)
         features = ", ".join(f.functor for f in self.variant.features)
         texts = "".join(f.text for f in self.variant.features)
         defined = f'#include "expression.h"\nnamespace fi::user {{\n{texts}}}\n' if texts else ""
         return (
             f"// {self}\n#pragma once\n#define FI_ARCH {self.arch}\n#define FI_ROOM {self.room}\n"
             f"#define {_ELEMENTS[self.dtype]} 1\n"
-            f'#include "variant.h"\n{defined}namespace fi::spec {{\n'
+            f'#include "arguments.h"\n{defined}namespace fi::spec {{\n'
             f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
             f"constexpr bool kBatchInvariant = {str(self.batch_invariant).lower()};\n"
             f"constexpr bool kProfile = {str(self.profile).lower()};\n"
-            f"struct Args {{{members} }};\nusing Variant = fi::Compose<{features}>;\n}}\n"
+            f"struct Args {{{members} }};\n"
+            f"using Variant = fi::Compose<{features}>;\n}}\n"
         )
 
 
