@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from .formats import BlockSparse
+from .variants import Variant
+
+_FAULT_BYTES = 32  # sizeof(fi::Fault)
+
+
+class Arguments:
+    """A variant's arguments as its debug build takes them (csrc/arguments.h), behind a place for a fault.
+
+    packed: as `Variant.pack` makes them of values. address: the bytes that go to the executor instead.
+    """
+
+    def __init__(
+        self, variant: Variant, packed: bytes, values: Mapping[str, Any], device: torch.device
+    ) -> None:
+        self._variant = variant
+        most = 5 * 8 * len(variant.args)  # of an argument: a pointer, what is added here, a row's length
+        self._block = torch.zeros(_FAULT_BYTES + most, dtype=torch.uint8, device=device)
+        fault, at, members = self._block.data_ptr(), 0, b""
+        for number, arg in enumerate(variant.args):
+            fields = packed[at : at + struct.calcsize("<" + arg.format)]
+            at += len(fields)
+            if arg.kind == "tensor":
+                added = struct.pack("<qQq", math.prod(values[arg.name].shape), fault, number)
+                fields = fields[:8] + added + fields[8:]
+            members += fields
+        end = _FAULT_BYTES + len(members)
+        self._block[_FAULT_BYTES:end] = torch.frombuffer(bytearray(members), dtype=torch.uint8)
+        self.address = struct.pack("<Q", fault + _FAULT_BYTES)
+
+    def check(self) -> None:
+        """Waits for the executor. Raises IndexError for the first index that was out of range."""
+        found, number, index, length = self._block[:_FAULT_BYTES].view(torch.int64).tolist()
+        if found:
+            raise IndexError(
+                f"variant {self._variant}: expected indices of 0 to {length - 1} into "
+                f"{self._variant.args[number].name} of length {length}, got {index}"
+            )
 
 
 def capturing(x: torch.Tensor) -> bool:

@@ -120,7 +120,8 @@ class Variant:
     features: tuple[Feature, ...]
     args: tuple[Argument, ...]
     name: str
-    per_request: tuple[str, ...]  # arguments, those per key among them
+    tensors: tuple[str, ...]  # arguments
+    per_request: tuple[str, ...]  # those per key among them
     per_token: tuple[str, ...]
     per_key: tuple[str, ...]
     softmax: bool  # False: a feature says what a key weighs, and there is no LSE
@@ -153,6 +154,7 @@ class Variant:
         self.name = "+".join(key) or "FULL"
         self.softmax = weights == 0
         tensors = [a for a in args if a.kind == "tensor"]
+        self.tensors = tuple(a.name for a in tensors)
         self.per_request = tuple(a.name for a in tensors if a.per in ("request", "key"))
         self.per_token = tuple(a.name for a in tensors if a.per == "token")
         self.per_key = tuple(a.name for a in tensors if a.per == "key")

@@ -71,6 +71,18 @@ IMPORTANCE = define(
     Argument("temperature", "tensor", per="token"),
     logits="x / temperature[q_token] + importance[kv_pos] - 0.1 * importance[q_pos]",
 )
+# an index of its own; executors ask for keys past kv_len too
+LOOK_UP = define(
+    "LOOK_UP",
+    Argument("table", "tensor", per="word"),
+    text="""
+        template <class A>
+        FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
+          return kv_pos < r.kv_len ? x + a.table[kv_pos / 50] : x;
+        }
+    """,
+    logits=lambda x, q_pos, kv_pos, *, table, **_: x + table[kv_pos // 50],
+)
 CASE = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), dtype="f32", variant="FULL")
 ARGS: dict[str, dict[str, Any]] = {
     "PREFIX+BENT": {
@@ -90,8 +102,17 @@ ARGS: dict[str, dict[str, Any]] = {
 }
 
 
+# what a build that checks indices is tested with: every kind of tensor, the last request the longest
+CHECKED: dict[str, Any] = {"q_lens": (3, 0, 70, 1, 2), "kv_lens": (3, 5, 150, 0, 200), "dtype": "bf16"}
+ARGS_CHECKED = {
+    "SEGMENT+LOOK_UP+IMPORTANCE": ARGS["SEGMENT+IMPORTANCE"] | {"table": torch.tensor([0.5, -0.5, 0.2, 1.0])}
+}
+
+
 def inputs_of(name: str, device: str = "cpu", **changes: Any) -> Any:
     inputs = make(replace(CASE, **changes), device)
     inputs.case, inputs.variant = replace(inputs.case, variant=name), parse(name)
-    inputs.variant_args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in ARGS[name].items()}
+    inputs.variant_args = {
+        k: v.to(device) if torch.is_tensor(v) else v for k, v in (ARGS | ARGS_CHECKED)[name].items()
+    }
     return inputs

@@ -12,7 +12,7 @@ from typing import Any
 import checks
 import pytest
 import torch
-from defined import ARGS, PREFIX, ROOT_OF_DISTANCE, SHARES, STRIPES, inputs_of
+from defined import ARGS, ARGS_CHECKED, CHECKED, PREFIX, ROOT_OF_DISTANCE, SHARES, STRIPES, inputs_of
 
 import fi_backend
 from fi_backend import check, eager, jit, variants
@@ -63,6 +63,8 @@ def test_defined_variants_compile_for_gpus(arch: int) -> None:
     name = {80: "PREFIX+PAGES+BENT", 90: "CAUSAL+STRIPES+ROOT_OF_DISTANCE+SHARES"}[arch]
     masks = "CAUSAL+DOCUMENT+PACKED_MASK"
     specs = [jit.Spec(arch, "bf16", 128, 128, parse(x)) for x in (name, masks)]
+    if arch == 90:
+        specs.append(jit.Spec(arch, "bf16", 64, 64, parse("DOCUMENT+LOOK_UP"), debug=True))
     for folder in jit.build_all([jit.library(spec) for spec in specs]):
         log = (folder / "build.log").read_text()
         assert not re.search(r"\bC75\d\d\b", log), f"wgmma serialized:\n{log}"
@@ -226,6 +228,27 @@ def test_too_few_requests_are_refused() -> None:
     plan = checks.planner_for(inputs).plan(inputs.batch)
     with pytest.raises(ValueError, match=r"expected prefix of at least 5 requests .* got 4"):
         checks.run_inputs(plan, inputs)
+
+
+@pytest.mark.parametrize("name", ARGS_CHECKED)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_index_out_of_range_is_named(device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FI_DEBUG", "1")
+    inputs = inputs_of(name, device, **CHECKED)
+    plan = checks.planner_for(inputs).plan(inputs.batch)
+    checks.compare(inputs, *checks.run_inputs(plan, inputs))
+    table = inputs.variant_args["table"]
+    message = f"variant {re.escape(name)}: expected indices of 0 to 2 into table of length 3, got 3"
+    with pytest.raises(IndexError, match=message):
+        checks.run_inputs(plan, inputs, table=table[:3])
+    checks.compare(inputs, *checks.run_inputs(plan, inputs))  # it does not stick
+    if device == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            checks.run_inputs(plan, inputs, table=table[:3])
+    monkeypatch.delenv("FI_DEBUG")
+    plan = checks.planner_for(inputs).plan(inputs.batch)
+    checks.compare(inputs, *checks.run_inputs(plan, inputs, table=table[:3]))  # the fourth lies behind it
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -49,7 +49,8 @@ class Spec:
     """One executor build. arch: 0 for the CPU, else 80, 86, ...; dtype: "bf16", "f16", "f32" (CPU only).
 
     batch_invariant: for plans of a batch invariant planner, and for no others. profile: writes down when each
-    item and merge begins and ends; for `measure`.
+    item and merge begins and ends; for `measure`. debug: finds tensor arguments indexed out of range; takes
+    them as `debug.Arguments` has them.
     """
 
     arch: int
@@ -59,6 +60,7 @@ class Spec:
     variant: Variant
     batch_invariant: bool = False
     profile: bool = False
+    debug: bool = False
 
     def __post_init__(self) -> None:
         check_head_dims(self.arch, self.head_dim_qk, self.head_dim_vo)
@@ -76,13 +78,14 @@ class Spec:
 
     def __str__(self) -> str:
         dims = f"{self.head_dim_qk}x{self.head_dim_vo}"
-        more = " batch invariant" * self.batch_invariant + " profile" * self.profile
+        more = " batch invariant" * self.batch_invariant + " profile" * self.profile + " debug" * self.debug
         return f"{arch_name(self.arch)} attention {self.dtype} {dims} {self.variant}{more}"
 
     def _c_type(self, arg: Argument) -> str:
         if arg.kind != "tensor":
             return _C_TYPES[arg.kind]
-        data = f"const {ELEMENTS[arg.dtype]}*"
+        element = ELEMENTS[arg.dtype]
+        data = f"fi::Checked<{element}>" if self.debug else f"const {element}*"
         return f"fi::PerKey<{data}>" if arg.per_key else data
 
     def header(self) -> str:
@@ -98,7 +101,7 @@ class Spec:
             f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
             f"constexpr bool kBatchInvariant = {str(self.batch_invariant).lower()};\n"
             f"constexpr bool kProfile = {str(self.profile).lower()};\n"
-            f"struct Args {{{members} }};\n"
+            f"struct Args {{ static constexpr bool kDebug = {str(self.debug).lower()};{members} }};\n"
             f"using Variant = fi::Compose<{features}>;\n}}\n"
         )
 
@@ -267,7 +270,7 @@ def _smxx_library(arch: int) -> Library:
 
 def _file_name(spec: Spec) -> str:
     dims = f"{spec.head_dim_qk}x{spec.head_dim_vo}"
-    more = "-invariant" * spec.batch_invariant + "-profile" * spec.profile
+    more = "-invariant" * spec.batch_invariant + "-profile" * spec.profile + "-debug" * spec.debug
     return f"{arch_name(spec.arch)}-{spec.dtype}-{dims}-{spec.variant}{more}".replace("+", "_").lower()
 
 
