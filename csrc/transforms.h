@@ -45,7 +45,7 @@ struct Rope : Feature {
     constexpr int kWidth = kRotary ? kRotary : X::kDim;
     constexpr bool kAll = kWidth == X::kDim;
     static_assert(kWidth <= X::kDim && kWidth % 2 == 0, "ROPE_n takes an even n of at most head_dim");
-    const int32_t* turns = a.rope_turns;
+    const auto turns = a.rope_turns;
     return mapped(x, [=](Dim d) {
       if (!kAll && d >= kWidth) return x[d];
       constexpr int kApart = kInterleaved ? 1 : kWidth / 2;
@@ -70,8 +70,8 @@ struct QkNorm : Feature {
   }
 
  private:
-  template <class X>
-  FI_HD static auto normalised(X x, const float* weights, float epsilon) {
+  template <class X, class Weights>
+  FI_HD static auto normalised(X x, Weights weights, float epsilon) {
     const float mean = x.sum([=](Dim d) { return x[d] * x[d]; }) * (1.f / X::kDim);
     const float factor = 1.f / sqrtf(mean + epsilon);
     return mapped(x, [=](Dim d) { return x[d] * factor * weights[d]; });

@@ -23,8 +23,10 @@ constexpr float kLn2 = 0.6931471805599453f;
 struct Row {        // one query row
   int32_t request;  // index in the batch
   int32_t q_head;
-  int32_t q_pos;   // position of the row's token among the request's keys: kv_len - q_len + token
-  int32_t kv_len;  // the request's keys
+  int32_t q_pos;    // position of the row's token among the request's keys: kv_len - q_len + token
+  int32_t kv_len;   // the request's keys
+  int32_t q_len;    // its query tokens
+  int32_t q_token;  // index of the row's token in q
 };
 
 struct Key {  // one key, or value
@@ -196,6 +198,62 @@ struct Tree : Feature {
   FI_HD static Word mask(const A& a, const Row& r) {
     int32_t first = seen_before(a, r), token = r.q_pos - first;
     return {token < 0 ? ~0ull : a.tree_mask[int64_t(r.request) * a.tree_tokens + token], first};
+  }
+};
+
+// Documents packed into a request: a query token sees the keys of its own.
+struct Document : Feature {
+  template <class Ids>
+  struct Same {
+    Ids ids;
+    int32_t own;
+
+    FI_HD bool sees(int32_t kv_pos) const { return ids[kv_pos] == own; }
+  };
+  template <class A>
+  FI_HD static int32_t seen_before(const A&, const Row&) {
+    return 0;
+  }
+  template <class A>
+  FI_HD static auto mask(const A& a, const Row& r) {
+    auto ids = a.document_ids[r];
+    return Same<decltype(ids)>{ids, ids[r.q_pos]};
+  }
+};
+
+// A prefix that all tokens see, causal after it.
+struct PrefixLm : Feature {
+  template <class A>
+  FI_HD static KeyRange keys(const A& a, const Row& r) {
+    int32_t prefix = a.prefix_len[r.request];
+    return {0, prefix > r.q_pos ? prefix : r.q_pos + 1};
+  }
+};
+
+// A bit for each pair of query token and key. Executors ask for whole tiles of keys, and bits past the keys
+// are another token's, or nobody's.
+struct PackedMask : Feature {
+  template <class Bytes>
+  struct Bits {
+    Bytes bytes;
+    int64_t first;  // byte of the row's first bit
+    uint32_t shift;
+    int32_t kv_len;
+
+    FI_HD bool sees(int32_t kv_pos) const {
+      uint32_t bit = shift + kv_pos;
+      return kv_pos < kv_len && (bytes[first + (bit >> 3)] >> (bit & 7) & 1);
+    }
+  };
+  template <class A>
+  FI_HD static int32_t seen_before(const A&, const Row&) {
+    return 0;
+  }
+  template <class A>
+  FI_HD static auto mask(const A& a, const Row& r) {
+    auto bytes = a.packed_mask;
+    int64_t bit = int64_t(r.q_pos - r.kv_len + r.q_len) * r.kv_len;
+    return Bits<decltype(bytes)>{bytes, a.mask_indptr[r.request] + (bit >> 3), uint32_t(bit & 7), r.kv_len};
   }
 };
 

@@ -33,7 +33,8 @@ def check(
 ) -> float:
     """Runs a variant on random batches of REQUESTS requests beside its eager form in float64.
 
-    variant_args as for `run`: tensors on `device`, of q_heads elements per head, of REQUESTS per request.
+    variant_args as for `run`: tensors on `device`, of q_heads elements per head, REQUESTS per request,
+    REQUESTS * MAX_ROWS per token, [REQUESTS, MAX_KEYS] per key.
     device: by default the GPU if there is one; dtype: by default bfloat16 there and float32 on the CPU.
 
     Returns the largest error of out. Raises AssertionError at the first element of out or lse that is further

@@ -2,18 +2,60 @@
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from .formats import BlockSparse
+from .variants import Variant
+
+_FAULT_BYTES = 32  # sizeof(fi::Fault)
 
 
-def _capturing(x: torch.Tensor) -> bool:
+class Arguments:
+    """A variant's arguments as its debug build takes them (csrc/arguments.h), behind a place for a fault.
+
+    packed: as `Variant.pack` makes them of values. address: the bytes that go to the executor instead.
+    """
+
+    def __init__(
+        self, variant: Variant, packed: bytes, values: Mapping[str, Any], device: torch.device
+    ) -> None:
+        self._variant = variant
+        most = 5 * 8 * len(variant.args)  # of an argument: a pointer, what is added here, a row's length
+        self._block = torch.zeros(_FAULT_BYTES + most, dtype=torch.uint8, device=device)
+        fault, at, members = self._block.data_ptr(), 0, b""
+        for number, arg in enumerate(variant.args):
+            fields = packed[at : at + struct.calcsize("<" + arg.format)]
+            at += len(fields)
+            if arg.kind == "tensor":
+                added = struct.pack("<qQq", math.prod(values[arg.name].shape), fault, number)
+                fields = fields[:8] + added + fields[8:]
+            members += fields
+        end = _FAULT_BYTES + len(members)
+        self._block[_FAULT_BYTES:end] = torch.frombuffer(bytearray(members), dtype=torch.uint8)
+        self.address = struct.pack("<Q", fault + _FAULT_BYTES)
+
+    def check(self) -> None:
+        """Waits for the executor. Raises IndexError for the first index that was out of range."""
+        found, number, index, length = self._block[:_FAULT_BYTES].view(torch.int64).tolist()
+        if found:
+            raise IndexError(
+                f"variant {self._variant}: expected indices of 0 to {length - 1} into "
+                f"{self._variant.args[number].name} of length {length}, got {index}"
+            )
+
+
+def capturing(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_page_table(batch: BlockSparse, num_pages: int, window: int | None) -> None:
     """Raises ValueError for the first page table entry that `run` would read and that names no page."""
-    if _capturing(batch.table):
+    if capturing(batch.table):
         return
     size, table = batch.table_size, batch.table
     flat = torch.as_strided(table, (size,), (1,), table.storage_offset()) if size else table.reshape(-1)
@@ -51,11 +93,33 @@ def check_page_table(batch: BlockSparse, num_pages: int, window: int | None) -> 
 
 def check_tokens(batch: BlockSparse, tokens: int) -> None:
     """Raises ValueError if q has fewer tokens than the batch. On the CPU `run` always asks."""
-    if not _capturing(batch.table) and (end := int(batch.qo_indptr[-1])) > tokens:
+    if not capturing(batch.table) and (end := int(batch.qo_indptr[-1])) > tokens:
         raise ValueError(f"expected q of at least {end} tokens (qo_indptr ends there), got {tokens}")
 
 
 def check_slots(slot_mapping: torch.Tensor, slots: int) -> None:
     """Raises ValueError if a slot lies past the cache."""
-    if slot_mapping.numel() and not _capturing(slot_mapping) and (top := int(slot_mapping.max())) >= slots:
+    if slot_mapping.numel() and not capturing(slot_mapping) and (top := int(slot_mapping.max())) >= slots:
         raise ValueError(f"expected slots below {slots} (pages x page_size), got {top}")
+
+
+def check_positions(batch: BlockSparse, name: str, positions: int) -> None:
+    """Raises ValueError if an argument per key has too few for a request. On the CPU `run` always asks."""
+    if not capturing(batch.table) and positions < (longest := max(batch.kv_len.tolist(), default=0)):
+        raise ValueError(
+            f"expected {name} of at least {longest} positions (the longest request's keys), got {positions}"
+        )
+
+
+def check_packed_mask(batch: BlockSparse, packed_mask: Any, mask_indptr: Any) -> None:
+    """Raises ValueError for the first request whose bits are not all there. On the CPU `run` always asks."""
+    if capturing(batch.table):
+        return
+    size, lengths = packed_mask.shape[0], (batch.qo_indptr.diff().tolist(), batch.kv_len.tolist())
+    for request, (q_len, kv_len, start) in enumerate(zip(*lengths, mask_indptr.tolist(), strict=False)):
+        needed = -(-max(q_len, 0) * max(kv_len, 0) // 8)
+        if needed and not 0 <= start <= size - needed:
+            raise ValueError(
+                f"packed_mask: request {request} needs {needed} bytes from mask_indptr {start} on, expected "
+                f"them within 0 to {size - 1}"
+            )

@@ -37,10 +37,12 @@ def attend(
     scale: float,
     dtype: torch.dtype,
     request: int = 0,
+    q_first: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [Tq, Hq, D], k [Tk, Hk, D], v [Tk, Hk, Dv] -> out [Tq, Hq, Dv], lse [Tq, Hq].
 
-    One request; request is its index in the batch. Without softmax there is no lse: NaN.
+    One request; request is its index in the batch, q_first that of its first query token. Without softmax
+    there is no lse: NaN.
     """
     wide = torch.promote_types(
         dtype, torch.float32
@@ -49,7 +51,7 @@ def attend(
     q, k, v = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
     q_pos = torch.arange(q.shape[1], device=q.device) + k.shape[1] - q.shape[1]
     kv_pos = torch.arange(k.shape[1], device=q.device)
-    args = args | {"request": request, "kv_len": k.shape[1]}
+    args = args | {"request": request, "q_len": q.shape[1], "kv_len": k.shape[1], "q_first": q_first}
     for feature in variant.features:
         if feature.query is not None:
             q = feature.query(q.to(wide), q_pos, **args)
@@ -110,6 +112,6 @@ def attention(
             int(batch.kv_len[request]),
         )
         k, v = gather(kv.k, pages, kv_len), gather(kv.v, pages, kv_len)
-        o, s = attend(q[rows], k, v, variant, args, scale, dtype, request)
+        o, s = attend(q[rows], k, v, variant, args, scale, dtype, request, offsets[request])
         out[rows], lse[rows] = o.double(), s.double()
     return out, lse

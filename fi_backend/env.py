@@ -14,7 +14,7 @@ def _flag(name: str) -> bool:
 
 
 def debug() -> bool:
-    """FI_DEBUG=1: `run` reads page tables back and checks every entry. Synchronises; not for serving."""
+    """FI_DEBUG=1: `run` checks page tables, and each index of a variant. Synchronises; not for serving."""
     return _flag("FI_DEBUG")
 
 

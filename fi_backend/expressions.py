@@ -1,7 +1,7 @@
 """Expressions as text: one line of Python becomes device text and an eager torch form, so that the two agree.
 
 The language: + - * / // %, comparisons (chained too), and, or, not, `a if c else b`, abs, min, max, exp, log,
-sqrt, tanh; names that the caller puts in scope; tensor[index] with the one index that the tensor has.
+sqrt, tanh; names that the caller puts in scope; tensor[index] with an index that the tensor has.
 Integers stay integers, / gives a float, // and % round down.
 """
 
@@ -39,16 +39,17 @@ _COMPARISONS: _Operators = {
 
 @dataclass(frozen=True)
 class Name:
-    """kind: "int", "float", or the element's kind of a tensor that has an index. text: in C++."""
+    """kind: "int", "float" or "bool"; of a tensor, its elements'. text: in C++."""
 
     kind: str
     text: str
-    index: str | None = None  # the one name this tensor is indexed with
+    indices: tuple[str, ...] = ()  # the names this tensor is indexed with
+    per_key: bool = False  # a row for each request, an element for each of its keys
 
 
 @dataclass(frozen=True)
 class Part:
-    kind: str  # "int", "float" or "bool"
+    kind: str  # as of a Name
     text: str
     eager: Callable[[Mapping[str, Any]], Any]
 
@@ -117,17 +118,26 @@ class _Translator:
         found = self.scope.get(name)
         if found is None:
             self.fail(node, f"one of {', '.join(self.scope)}")
-        if found.index is not None:
-            self.fail(node, f"{name}[{found.index}]")
+        if found.indices:
+            self.fail(node, " or ".join(f"{name}[{i}]" for i in found.indices))
         return Part(found.kind, found.text, lambda s: s[name])
 
     def element(self, node: ast.expr, name: str, index: str) -> Part:
         found, place = self.scope.get(name), self.scope.get(index)
-        if found is None or found.index is None:
+        if found is None or not found.indices:
             self.fail(node, "a tensor argument before [")
-        if index != found.index or place is None:
-            self.fail(node, f"{name}[{found.index}]" if found.index in self.scope else f"no {name} here")
-        return Part(found.kind, f"{found.text}[{place.text}]", lambda s: s[name][s[index]])
+        if index not in found.indices or place is None:
+            known = " or ".join(f"{name}[{i}]" for i in found.indices if i in self.scope)
+            self.fail(node, known or f"no {name} here")
+
+        def eager(s: Mapping[str, Any]) -> Any:
+            if found.per_key:  # of a request without keys, nobody asks for the result
+                x = s[name][s["request"]][s[index].clamp(max=s["kv_len"] - 1).clamp(min=0)]
+            else:
+                x = s[name][s[index]]
+            return x.long() if found.kind == "int" else x  # bytes would overflow
+
+        return Part(found.kind, f"{found.text}[{place.text}]", eager)
 
     def number(self, node: ast.expr) -> Part:
         found = self.part(node)

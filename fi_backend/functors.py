@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,15 @@ from .expressions import Name, Part, translate
 
 if TYPE_CHECKING:
     from .variants import Argument
+
+
+_INDICES = {  # of a tensor argument, by what it is per
+    "head": ("q_head",),
+    "request": ("request",),
+    "token": ("q_token",),
+    "key": ("kv_pos", "q_pos"),
+    "dim": ("dim",),
+}
 
 
 def functor(
@@ -24,7 +33,7 @@ def functor(
         raise ValueError(f"variant {name}: expected {wanted} where there is no text, got {source!r}")
     of_keys, of_queries = kind in ("key", "value"), kind in ("query", "output")
     row = "k" if of_keys else "r"
-    names = ("kv_pos", "kv_head") if of_keys else ("q_pos",)
+    names = ("kv_pos", "kv_head") if of_keys else ("q_pos", "q_token", "q_len")
     scope = {n: Name("int", f"{row}.{n}") for n in (*names, "kv_len", "request")}
     if kind in ("mask", "logits", "weights"):
         scope |= {"kv_pos": Name("int", "kv_pos")}
@@ -40,12 +49,12 @@ def functor(
         if arg.kind != "tensor":
             scope[arg.name] = Name(arg.kind, f"a.{arg.name}")
         elif arg.per in _INDICES:
-            index = _INDICES[arg.per]
-            element = "float" if arg.dtype == torch.float32 else "int"
-            scope[arg.name] = Name(element, f"a.{arg.name}", index)
+            element = {torch.float32: "float", torch.bool: "bool"}.get(arg.dtype, "int")
+            text = f"a.{arg.name}[{row}]" if arg.per_key else f"a.{arg.name}"
+            scope[arg.name] = Name(element, text, _INDICES[arg.per], arg.per_key)
         else:
             raise ValueError(
-                f"variant {name}: expected {arg.name} per {' or '.join(_INDICES)}, got per {arg.per}"
+                f"variant {name}: expected {arg.name} per {', '.join(_INDICES)}, got per {arg.per}"
             )
     part, *others = (translate(x, scope, f"variant {name}") for x in sources)
     if kind == "keys":
@@ -64,7 +73,6 @@ def functor(
     return _NUMBER.format(kind, part.text), _eager_number(part)
 
 
-_INDICES = {"head": "q_head", "request": "request", "dim": "dim"}
 _MASK = """template <class A>
 struct Mask {{
   const A& a;
@@ -93,9 +101,14 @@ FI_HD static float {}(const A& a, float x, const Row& r, int32_t d) {{ return {}
 }
 
 
+def _tokens(q_pos: torch.Tensor, args: Mapping[str, Any]) -> torch.Tensor:
+    return torch.arange(len(q_pos), device=q_pos.device) + args["q_first"]
+
+
 def _eager_mask(part: Part) -> Callable[..., torch.Tensor]:
     def mask(q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
-        found = part.eager(args | {"q_pos": q_pos[:, None], "kv_pos": kv_pos[None, :]})
+        names = {"q_pos": q_pos[:, None], "kv_pos": kv_pos[None, :], "q_token": _tokens(q_pos, args)[:, None]}
+        found = torch.as_tensor(part.eager(args | names))
         return found.to(q_pos.device).expand(len(q_pos), len(kv_pos))
 
     return mask
@@ -105,7 +118,8 @@ def _eager_keys(name: str, begin: Part, end: Part) -> Callable[..., torch.Tensor
     def mask(q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
         bounds = []
         for part in (begin, end):
-            found = torch.as_tensor(part.eager(args | {"q_pos": q_pos}), device=q_pos.device)
+            names = {"q_pos": q_pos, "q_token": _tokens(q_pos, args)}
+            found = torch.as_tensor(part.eager(args | names), device=q_pos.device)
             bounds.append(found.expand(len(q_pos)))
             if not q_pos.is_meta and (bounds[-1].diff() < 0).any():
                 raise ValueError(
@@ -121,6 +135,7 @@ def _eager_number(part: Part) -> Callable[..., torch.Tensor]:
     def number(x: torch.Tensor, q_pos: torch.Tensor, kv_pos: torch.Tensor, **args: Any) -> torch.Tensor:
         heads = torch.arange(len(x), device=x.device)[:, None, None]
         names = {"x": x, "q_pos": q_pos[None, :, None], "kv_pos": kv_pos[None, None, :], "q_head": heads}
+        names["q_token"] = _tokens(q_pos, args)[None, :, None]
         found = torch.as_tensor(part.eager(args | names), device=x.device)
         return found.to(x.dtype).expand(x.shape)
 
@@ -132,6 +147,8 @@ def _eager_transform(part: Part, side: str) -> Callable[..., torch.Tensor]:
         names = {"x": x, f"{side}_pos": positions[None, :, None]}
         names[f"{side}_head"] = torch.arange(len(x), device=x.device)[:, None, None]
         names["dim"] = torch.arange(x.shape[2], device=x.device)
+        if side == "q":
+            names["q_token"] = _tokens(positions, args)[None, :, None]
         return torch.as_tensor(part.eager(args | names), device=x.device).to(x.dtype).expand(x.shape)
 
     return transform

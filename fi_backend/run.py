@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from . import arrays, custom_ops, debug, env, jit
 from .arrays import Array
 from .formats import KVCache
-from .variants import CAUSAL, WINDOW, Variant
+from .variants import CAUSAL, PACKED_MASK, WINDOW, Variant
 
 if TYPE_CHECKING:
     from .plan import Plan, Planner
@@ -93,7 +93,9 @@ def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtyp
     if dtype not in jit.DTYPES:
         raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
     dims = planner.head_dim_qk, planner.head_dim_vo
-    spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, planner.batch_invariant, runner.profile)
+    checked = runner.debug and bool(variant.tensors)
+    kind = planner.batch_invariant, runner.profile, checked
+    spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, *kind)
     found = runner.executors[variant, dtype] = jit.executor(spec)
     return found
 
@@ -119,7 +121,7 @@ def run(
 
     Runs on the current stream, allocates only `out`, never synchronises (unless FI_DEBUG=1). Raises
     ValueError or TypeError for inputs that do not fit the plan, RuntimeError when a kernel cannot be built
-    or launched.
+    or launched; with FI_DEBUG=1 IndexError for a tensor argument that the variant reads out of range.
 
     Arrays of other frameworks go in uncopied; without out, the result is of q's framework. The kernel runs on
     torch's current stream, which waits for the current streams of the frameworks that q, out and lse are of,
@@ -168,6 +170,14 @@ def run(
             raise ValueError(
                 f"expected {name} of at least {plan.batch.num_requests} requests (the batch's), got {found}"
             )
+    for name in variant.per_token:
+        if (found := variant_args[name].shape[0]) < q.shape[0]:
+            raise ValueError(f"expected {name} of at least {q.shape[0]} tokens (q's), got {found}")
+    if runner.gpu is None or runner.debug:
+        for name in variant.per_key:
+            debug.check_positions(plan.batch, name, variant_args[name].shape[1])
+        if PACKED_MASK in variant:
+            debug.check_packed_mask(plan.batch, variant_args["packed_mask"], variant_args["mask_indptr"])
     if lse is not None and not variant.softmax:
         raise ValueError(f"expected no lse with {variant}, which has no softmax")
     if out is None:
@@ -175,12 +185,21 @@ def run(
     if runner.debug:
         debug.check_tokens(plan.batch, q.shape[0])
         debug.check_page_table(plan.batch, kv.num_pages, planner.window)
+    checked = None
+    if runner.debug and variant.tensors:
+        if debug.capturing(q):
+            executor = _load(planner, replace(runner, debug=False, executors={}), variant, q.dtype)
+        else:
+            checked = debug.Arguments(variant, args, variant_args, planner.device)
+            args = checked.address
     if scale is None:
         scale = runner.scale
     storage = plan.__dict__.get("_bound")
     if storage is None:
         storage = bind(plan)
     runner.call(storage, executor.attention, executor.error, q, kv.k, kv.v, out, lse, scale, args)
+    if checked is not None:
+        checked.check()
     return out
 
 

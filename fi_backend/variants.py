@@ -21,17 +21,42 @@ from .functors import functor, place_of
 from .rope import rotated
 
 _FORMATS = {"float": "f4x", "int": "i4x", "tensor": "Q"}  # every argument fills one 8-byte slot
-MAX_ARGS = 8  # kMaxVariantBytes / 8 in csrc/params.h
+_PER_KEY_FORMAT = "Qq"  # but a tensor per key two: the length of its rows
+MAX_SLOTS = 8  # kMaxVariantBytes / 8 in csrc/params.h
+ELEMENTS = {  # of tensors, in C++
+    torch.float32: "float",
+    torch.int32: "int32_t",
+    torch.int64: "int64_t",
+    torch.uint8: "uint8_t",
+    torch.bool: "bool",
+}
+_SHAPES = {
+    "head": "[q heads]",
+    "request": "[requests]",
+    "token": "[tokens]",
+    "key": "[requests, positions]",
+    "dim": "[head_dim]",
+    "pair": "[head_dim / 2]",
+    "word": "[words]",
+}
 MAX_KV_LEN = 1 << 30  # kMaxKvLen in csrc/schedule.h; a longer window would overflow int32 positions
 
 
 @dataclass(frozen=True)
 class Argument:
-    """kind: "float", "int", or "tensor" (of one dimension, contiguous, on the device of q).
+    """kind: "float", "int", or "tensor" (contiguous, on the device of q).
 
-    A tensor has dtype float32, int32 or int64 and, per "head", q_heads elements; per "request", at least as
-    many as the batch has requests; per "token", as many as the feature says; per "dim", `elements` or, if
-    that is None, head_dim; per "pair", `elements` or head_dim / 2 (`run` checks all of them).
+    A tensor has dtype float32, int32, int64, uint8 or bool and, by what it is per, the shape
+    "head": [q_heads];
+    "request": [requests], of the batch or more;
+    "token": [tokens], of q or more: an element for each query token;
+    "key": [requests, positions], of the batch and of its longest request or more: an element for each of a
+    request's keys, of which those past kv_len are not read;
+    "dim": [head_dim], or `elements` if that is given; "pair": [head_dim / 2], or `elements`;
+    "word": [words], as many as the feature says.
+    `run` checks the shape; whether there are enough positions on the CPU and, with FI_DEBUG=1, on a GPU.
+
+    Raises ValueError for a kind, a dtype or a per that does not exist.
     """
 
     name: str
@@ -42,11 +67,31 @@ class Argument:
     per: str = "head"
     elements: int | None = None
 
+    def __post_init__(self) -> None:
+        for what, found, known in (
+            ("kind", self.kind, _FORMATS),
+            ("dtype", self.dtype, ELEMENTS),
+            ("per", self.per, _SHAPES),
+        ):
+            if found not in known:
+                wanted = ", ".join(map(str, known))
+                raise ValueError(f"argument {self.name}: expected {what} to be one of {wanted}, got {found}")
+
+    @property
+    def per_key(self) -> bool:
+        return self.kind == "tensor" and self.per == "key"
+
+    @property
+    def format(self) -> str:
+        """Of its bytes among the arguments."""
+        return _PER_KEY_FORMAT if self.per_key else _FORMATS[self.kind]
+
 
 @dataclass(frozen=True, eq=False)
 class Feature:
     """Eager forms take q_pos [Tq] and kv_pos [Tk] (int64) of one request, and by name the arguments, the
-    request's index in the batch (request) and its number of keys (kv_len).
+    request's index in the batch (request), its numbers of query tokens (q_len) and keys (kv_len), and the
+    index of its first query token in q (q_first).
 
     mask -> bool [Tq, Tk], True: visible; logits(x [Hq, Tq, Tk]) -> same shape; weights(x [Hq, Tq, Tk]), in
     place of softmax -> same shape; sink -> [Hq]. With q_pos alone query(x [Hq, Tq, D]) and
@@ -86,8 +131,11 @@ class Variant:
     features: tuple[Feature, ...]
     args: tuple[Argument, ...]
     name: str
-    per_request: tuple[str, ...]  # arguments
-    per_dim: tuple[Argument, ...]
+    tensors: tuple[str, ...]  # arguments
+    per_request: tuple[str, ...]  # those per key among them
+    per_token: tuple[str, ...]
+    per_key: tuple[str, ...]
+    per_dim: tuple[Argument, ...]  # or per pair
     softmax: bool  # False: a feature says what a key weighs, and there is no LSE
     rounds: bool  # queries or keys again, after a transform: the LSE is then as exact as their dtype
     _names: set[str]
@@ -102,9 +150,10 @@ class Variant:
         args = tuple(a for f in ordered for a in f.args)
         if len({a.name for a in args}) != len(args):
             raise ValueError(f"variant {'+'.join(key)}: two features share an argument name")
-        if len(args) > MAX_ARGS:
+        if (slots := len(args) + sum(a.per_key for a in args)) > MAX_SLOTS:
             raise ValueError(
-                f"variant {'+'.join(key)}: expected at most {MAX_ARGS} arguments, got {len(args)}"
+                f"variant {'+'.join(key)}: expected at most {MAX_SLOTS} arguments, a tensor per key counting "
+                f"twice, got {slots}"
             )
         sinks, weights = (sum(getattr(f, x) is not None for f in ordered) for x in ("sink", "weights"))
         if sinks + weights > 1:
@@ -118,10 +167,14 @@ class Variant:
         self.name = "+".join(key) or "FULL"
         self.softmax = weights == 0
         self.rounds = any(f.query is not None or f.key is not None for f in ordered)
-        self.per_request = tuple(a.name for a in args if a.per == "request")
-        self.per_dim = tuple(a for a in args if a.per in ("dim", "pair"))
+        tensors = [a for a in args if a.kind == "tensor"]
+        self.tensors = tuple(a.name for a in tensors)
+        self.per_request = tuple(a.name for a in tensors if a.per in ("request", "key"))
+        self.per_token = tuple(a.name for a in tensors if a.per == "token")
+        self.per_key = tuple(a.name for a in tensors if a.per == "key")
+        self.per_dim = tuple(a for a in tensors if a.per in ("dim", "pair"))
         self._names = {a.name for a in args}
-        self._struct = struct.Struct("<" + "".join(_FORMATS[a.kind] for a in args))
+        self._struct = struct.Struct("<" + "".join(a.format for a in args))
         return cls._interned.setdefault(key, self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -144,7 +197,12 @@ class Variant:
             return b""
         if values.keys() != self._names:
             self._complain(values)
-        return self._struct.pack(*[_slot(self, a, values[a.name], q_heads, device) for a in self.args])
+        slots = []
+        for a in self.args:
+            slots.append(_slot(self, a, values[a.name], q_heads, device))
+            if a.per_key:
+                slots.append(values[a.name].shape[1])
+        return self._struct.pack(*slots)
 
     def _complain(self, values: Mapping[str, Any]) -> None:
         wanted = {a.name: a.kind for a in self.args}
@@ -161,9 +219,12 @@ def _slot(variant: Variant, arg: Argument, value: Any, q_heads: int, device: tor
     if arg.kind == "tensor":
         if not isinstance(value, torch.Tensor):  # over memory that the caller holds
             value = arrays.tensor(f"variant {variant.name}: expected {arg.name}", value)
-        fits = value.shape == (q_heads,) if arg.per == "head" else value.dim() == 1
+        if arg.per == "head":
+            fits = value.shape == (q_heads,)
+        else:  # without positions there is nothing to read for a request without keys
+            fits = value.dim() == 1 if arg.per != "key" else value.dim() == 2 and value.shape[1] > 0
         if not fits or value.dtype != arg.dtype or not value.is_contiguous():
-            length = f"[{q_heads}] (q heads)" if arg.per == "head" else f"[{arg.per}s]"
+            length = f"[{q_heads}] (q heads)" if arg.per == "head" else _SHAPES[arg.per]
             raise ValueError(
                 f"variant {variant.name}: expected {arg.name} contiguous {str(arg.dtype)[6:]} {length}, "
                 f"got {value.dtype} {list(value.shape)} with strides {list(value.stride())}"
@@ -199,6 +260,28 @@ def _tree_mask(
     token, j = q_pos - first, kv_pos - first
     words = tree_mask[request * tree_tokens + token.clamp(min=0)]
     return (token < 0)[:, None] | (j < 0) | (words[:, None] >> j.clamp(min=0) & 1).bool()
+
+
+def _document_mask(
+    q_pos: torch.Tensor, kv_pos: torch.Tensor, *, request: int, document_ids: torch.Tensor, **_: Any
+) -> torch.Tensor:
+    ids = document_ids[request]
+    return ids[q_pos.clamp(min=0)][:, None] == ids[kv_pos][None, :]
+
+
+def _packed_mask(
+    q_pos: torch.Tensor,
+    kv_pos: torch.Tensor,
+    *,
+    request: int,
+    q_len: int,
+    kv_len: int,
+    packed_mask: torch.Tensor,
+    mask_indptr: torch.Tensor,
+    **_: Any,
+) -> torch.Tensor:
+    bit = (q_pos - kv_len + q_len)[:, None] * kv_len + kv_pos[None, :]
+    return (packed_mask[mask_indptr[request].long() + bit // 8] >> bit % 8 & 1).bool()
 
 
 FULL = Variant()
@@ -254,10 +337,44 @@ TREE = Variant(
         "TREE",
         "fi::Tree",
         (
-            Argument("tree_mask", "tensor", dtype=torch.int64, per="token"),
+            Argument("tree_mask", "tensor", dtype=torch.int64, per="word"),
             Argument("tree_tokens", "int", at_least=1, at_most=64),  # the bits of a word
         ),
         mask=_tree_mask,
+    )
+)
+# Documents packed into one request: document_ids [requests, positions] names the document of each key, and a
+# query token sees the keys of its own. With CAUSAL where documents are.
+DOCUMENT = Variant(
+    Feature(
+        "DOCUMENT",
+        "fi::Document",
+        (Argument("document_ids", "tensor", dtype=torch.int32, per="key"),),
+        mask=_document_mask,
+    )
+)
+# A prefix of prefix_len [requests] keys that all of a request's tokens see, causal after it. Without CAUSAL.
+PREFIX_LM = Variant(
+    Feature(
+        "PREFIX_LM",
+        "fi::PrefixLm",
+        (Argument("prefix_len", "tensor", dtype=torch.int32, per="request"),),
+        mask=lambda q_pos, kv_pos, *, request, prefix_len, **_: (
+            (kv_pos[None, :] <= q_pos[:, None]) | (kv_pos[None, :] < prefix_len[request])
+        ),
+    )
+)
+# A bit for each pair of query token and key of a request, as FlashInfer packs them: of request r from byte
+# mask_indptr[r] of packed_mask on, bit token * kv_len + key, the lowest bit of a byte first. 1: visible.
+PACKED_MASK = Variant(
+    Feature(
+        "PACKED_MASK",
+        "fi::PackedMask",
+        (
+            Argument("packed_mask", "tensor", dtype=torch.uint8, per="word"),
+            Argument("mask_indptr", "tensor", dtype=torch.int32, per="request"),
+        ),
+        mask=_packed_mask,
     )
 )
 
@@ -307,7 +424,24 @@ QK_NORM = Variant(
     )
 )
 
-BUILT_IN = {v.name: v for v in (FULL, CAUSAL, WINDOW, SOFT_CAP, ALIBI, SINKS, SIGMOID, TREE, rope(), QK_NORM)}
+BUILT_IN = {
+    v.name: v
+    for v in (
+        FULL,
+        CAUSAL,
+        WINDOW,
+        SOFT_CAP,
+        ALIBI,
+        SINKS,
+        SIGMOID,
+        TREE,
+        DOCUMENT,
+        PREFIX_LM,
+        PACKED_MASK,
+        rope(),
+        QK_NORM,
+    )
+}
 _ROPE = re.compile(r"ROPE(_INTERLEAVED)?(?:_(\d+))?")
 
 
@@ -358,10 +492,11 @@ def define(
     weights: what a key of logit x weighs, in place of softmax.
     Or some of query, key, value, output: what becomes of element x, number `dim`, of a head's vector.
 
-    All may use kv_len, request (index in the batch), arguments by name, tensors as name[request]; all but key
-    and value q_pos; mask, logits, weights, key and value kv_pos (positions count the request's keys);
-    logits, weights, query and output q_head and name[q_head]; key and value kv_head; the last four dim and
-    name[dim]. fi_backend/expressions.py has the language.
+    All may use kv_len, request (index in the batch) and arguments by name; all but key and value q_pos, q_len
+    and q_token (index in q); mask, logits, weights, key and value kv_pos (among the request's keys); logits, weights, query and output q_head; key and value kv_head; the last four dim. Tensor arguments have
+    an index: per request name[request], per token name[q_token], per key name[q_pos] and name[kv_pos], per
+    head name[q_head], per dim name[dim]. A q_pos below 0, of more query tokens than keys, has the first key's
+    element. fi_backend/expressions.py has the language.
 
     text: instead of an expression, the inside of a C++ struct that inherits fi::Feature (csrc/variant.h),
     with the functions of those names; the keywords are then their eager torch forms, with Feature's

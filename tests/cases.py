@@ -14,7 +14,7 @@ import torch
 
 from fi_backend.formats import BlockSparse, KVCache
 from fi_backend.rope import rope_turns
-from fi_backend.variants import TREE, Variant, parse
+from fi_backend.variants import DOCUMENT, PACKED_MASK, PREFIX_LM, TREE, Variant, parse
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 LAYOUTS = ("NHD", "HND", "packed", "padded")
@@ -142,6 +142,16 @@ def tree_mask(case: Case) -> torch.Tensor:
     return torch.tensor([w - (w >> 63 << 64) for w in words], dtype=torch.int64)
 
 
+def _packed_mask(case: Case, rng: torch.Generator) -> dict[str, torch.Tensor]:
+    """Random bits; a byte of nobody after each request."""
+    packed, indptr = [], [0]
+    for q_len, kv_len in zip(case.q_lens, case.kv_lens, strict=True):
+        bits = torch.randint(2, (-(-q_len * kv_len // 8) + 1, 8), generator=rng)
+        packed.append((bits << torch.arange(8)).sum(1).to(torch.uint8))
+        indptr.append(indptr[-1] + len(bits))
+    return {"packed_mask": torch.cat(packed), "mask_indptr": torch.tensor(indptr, dtype=torch.int32)}
+
+
 def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
     device, dtype = torch.device(device), DTYPES[case.dtype]
     rng = torch.Generator().manual_seed(case.seed)
@@ -191,5 +201,12 @@ def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
     for arg in variant.args:
         if arg.name == "rope_turns":
             values |= {"rope_turns": rope_turns(2 * (arg.elements or case.head_dim // 2), device=device)}
+    if DOCUMENT in variant:  # of some 30 keys each
+        begins = torch.rand(len(case.kv_lens), max(1, 1, *case.kv_lens), generator=rng) < 1 / 30
+        values["document_ids"] = begins.cumsum(1).to(device, torch.int32)
+    if PREFIX_LM in variant:
+        values["prefix_len"] = torch.tensor([n * 2 // 3 for n in case.kv_lens]).to(device, torch.int32)
+    if PACKED_MASK in variant:
+        values |= {name: x.to(device) for name, x in _packed_mask(case, rng).items()}
     args = {a.name: values[a.name] for a in variant.args}
     return Inputs(case, q, kv, batch, out, lse, variant, args)

@@ -12,7 +12,7 @@ from fi_backend.variants import Argument, define, parse
 
 # a prefix that is visible to all of a request's tokens, causal after it
 PREFIX = define(
-    "PREFIX_LM",
+    "PREFIX",
     Argument("prefix", "tensor", dtype=torch.int32, per="request"),
     mask="kv_pos <= q_pos or kv_pos < prefix[request]",
 )
@@ -68,9 +68,34 @@ GATED = define(
     value="x * (1 + 0.01 * (kv_pos % 7)) + kv_head",
     output="x * gates[q_head] + shares[dim] * q_pos / 100",
 )
+# tensors per key, and per query token
+SEGMENT = define(
+    "SEGMENT",
+    Argument("segment", "tensor", dtype=torch.uint8, per="key"),
+    Argument("valid", "tensor", dtype=torch.bool, per="key"),
+    mask="segment[q_pos] - segment[kv_pos] == 0 and valid[kv_pos] or kv_pos < q_len // 8",
+)
+IMPORTANCE = define(
+    "IMPORTANCE",
+    Argument("importance", "tensor", per="key"),
+    Argument("temperature", "tensor", per="token"),
+    logits="x / temperature[q_token] + importance[kv_pos] - 0.1 * importance[q_pos]",
+)
+# an index of its own; executors ask for keys past kv_len too
+LOOK_UP = define(
+    "LOOK_UP",
+    Argument("table", "tensor", per="word"),
+    text="""
+        template <class A>
+        FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
+          return kv_pos < r.kv_len ? x + a.table[kv_pos / 50] : x;
+        }
+    """,
+    logits=lambda x, q_pos, kv_pos, *, table, **_: x + table[kv_pos // 50],
+)
 CASE = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), dtype="f32", variant="FULL")
 ARGS: dict[str, dict[str, Any]] = {
-    "PREFIX_LM+BENT": {
+    "PREFIX+BENT": {
         "prefix": torch.tensor([40, 2, 5, 100, 9], dtype=torch.int32),
         "cap": 2.0,
         "slopes": torch.tensor([0.5, 0.25, 0.1, -0.1]),
@@ -82,11 +107,26 @@ ARGS: dict[str, dict[str, Any]] = {
         "gates": torch.tensor([0.5, -1.0, 2.0, 0.1]),
         "shares": torch.linspace(-1, 1.5, 64),
     },
+    "SEGMENT+IMPORTANCE": {
+        "segment": torch.arange(5 * 200, dtype=torch.uint8).view(5, 200) // 32,
+        "valid": torch.arange(5 * 200).view(5, 200) % 7 != 3,
+        "importance": torch.linspace(-1, 1, 5 * 200).view(5, 200),
+        "temperature": torch.linspace(0.5, 2, 200),
+    },
+}
+
+
+# what a build that checks indices is tested with: every kind of tensor, the last request the longest
+CHECKED: dict[str, Any] = {"q_lens": (3, 0, 70, 1, 2), "kv_lens": (3, 5, 150, 0, 200), "dtype": "bf16"}
+ARGS_CHECKED = {
+    "SEGMENT+LOOK_UP+IMPORTANCE": ARGS["SEGMENT+IMPORTANCE"] | {"table": torch.tensor([0.5, -0.5, 0.2, 1.0])}
 }
 
 
 def inputs_of(name: str, device: str = "cpu", **changes: Any) -> Any:
     inputs = make(replace(CASE, **changes), device)
     inputs.case, inputs.variant = replace(inputs.case, variant=name), parse(name)
-    inputs.variant_args = {k: v.to(device) if torch.is_tensor(v) else v for k, v in ARGS[name].items()}
+    inputs.variant_args = {
+        k: v.to(device) if torch.is_tensor(v) else v for k, v in (ARGS | ARGS_CHECKED)[name].items()
+    }
     return inputs

@@ -100,9 +100,13 @@ TREES = [
 ]
 # of the last chunk that a batch-invariant plan cuts, every other row sees nothing
 PIECES = replace(TREE, tree="blind", q_lens=(8,) * 3, kv_lens=(8, 72, 2048 + 8))
+MASKS = [
+    replace(c, variant=v) for c in (MIXED, LONG) for v in ("CAUSAL+DOCUMENT", "PREFIX_LM", "PACKED_MASK")
+]
 FUNCTIONS = [
     *(replace(case, variant=v, seed=i) for i, v in enumerate(VARIANTS) for case in (MIXED, LONG)),
     *(replace(LONG, variant="CAUSAL+WINDOW", window=w) for w in (1, 64, 10_000)),
     *TREES,
     PIECES,
+    *MASKS,
 ]

@@ -9,7 +9,7 @@ import checks
 import pytest
 import torch
 from cases import Case, Inputs, make
-from grid import LONG, TREE
+from grid import LONG, MIXED, TREE
 
 from fi_backend import Plan
 
@@ -90,6 +90,24 @@ def test_one_wrong_bit_of_a_tree_is_noticed(token: int) -> None:
     words[token] ^= 1 << token % 6
     with pytest.raises(AssertionError):
         _ask(case, None, tree_mask=words)
+
+
+@pytest.mark.parametrize("variant", ["CAUSAL+DOCUMENT", "PREFIX_LM", "PACKED_MASK"])
+def test_one_wrong_number_of_a_mask_is_noticed(variant: str) -> None:
+    """Of the request that decodes over 200 keys: one key's document, one key of the prefix, one key's bit."""
+    case = replace(MIXED, variant=variant)
+    for name, x in make(case).variant_args.items():
+        if name == "mask_indptr":
+            continue
+        _ask(case, None, **{name: x.clone()})
+        if name == "packed_mask":
+            x[make(case).variant_args["mask_indptr"][6] + 20] ^= 1
+        elif name == "document_ids":
+            x[6, 129 + 60] -= 1
+        else:
+            x[6] += 1
+        with pytest.raises(AssertionError):
+            _ask(case, None, **{name: x})
 
 
 def test_a_neighbours_tree_is_noticed() -> None:

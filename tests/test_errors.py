@@ -11,9 +11,21 @@ import torch
 from cases import Case, make
 
 from fi_backend import KVCache, run, variants
-from fi_backend.variants import CAUSAL, SINKS, SOFT_CAP, TREE, WINDOW
+from fi_backend.variants import (
+    CAUSAL,
+    DOCUMENT,
+    PACKED_MASK,
+    PREFIX_LM,
+    SINKS,
+    SOFT_CAP,
+    TREE,
+    WINDOW,
+    Argument,
+    define,
+)
 
 CASE = Case((1, 3), (40, 17))
+WARMTH = define("WARMTH", Argument("warmth", "tensor", per="token"), logits="x * warmth[q_token]")
 BF16 = torch.bfloat16
 
 
@@ -33,6 +45,17 @@ def _words(tokens: int) -> torch.Tensor:
 
 def _tree(**changes: Any) -> dict[str, Any]:
     return {"variant": CAUSAL + TREE, "tree_mask": _words(6), "tree_tokens": 2} | changes
+
+
+def _documents(*shape: int, **changes: Any) -> dict[str, Any]:
+    ids = torch.zeros(*shape, dtype=torch.int32)
+    return {"variant": CAUSAL + DOCUMENT, "document_ids": ids} | changes
+
+
+def _packed(packed: int, *indptr: int) -> dict[str, Any]:
+    starts = torch.tensor(indptr, dtype=torch.int32)
+    bits = torch.zeros(packed, dtype=torch.uint8)
+    return {"variant": CAUSAL + PACKED_MASK, "packed_mask": bits, "mask_indptr": starts}
 
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -96,7 +119,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         _tree(tree_mask=torch.zeros(6)),
         ValueError,
-        r"tree_mask contiguous int64 \[tokens\], got torch.float32 \[6\]",
+        r"tree_mask contiguous int64 \[words\], got torch.float32 \[6\]",
     ),
     (_tree(tree_mask=_words(6).int()), ValueError, r"tree_mask contiguous int64 .*, got torch.int32 \[6\]"),
     (_tree(tree_mask=_words(12)[::2]), ValueError, r"tree_mask contiguous .* \[6\] with strides \[2\]"),
@@ -110,6 +133,36 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"expected tree_mask of at least 8 words \(2 requests x tree_tokens 4\), got 6",
     ),
+    (
+        _documents(2, 40, document_ids=torch.zeros(2, 40)),
+        ValueError,
+        r"document_ids contiguous int32 \[requests, positions\], got torch.float32 \[2, 40\]",
+    ),
+    (_documents(80), ValueError, r"document_ids contiguous int32 \[requests, positions\], got .* \[80\]"),
+    (_documents(2, 0), ValueError, r"document_ids contiguous int32 .*, got torch.int32 \[2, 0\]"),
+    (_documents(1, 40), ValueError, r"expected document_ids of at least 2 requests \(the batch's\), got 1"),
+    (
+        _documents(2, 39),
+        ValueError,
+        r"expected document_ids of at least 40 positions \(the longest request's keys\), got 39",
+    ),
+    (
+        {"variant": CAUSAL + PREFIX_LM, "prefix_len": torch.zeros(1, dtype=torch.int32)},
+        ValueError,
+        r"expected prefix_len of at least 2 requests \(the batch's\), got 1",
+    ),
+    (
+        {"variant": CAUSAL + WARMTH, "warmth": torch.zeros(5)},
+        ValueError,
+        r"expected warmth of at least 6 tokens \(q's\), got 5",
+    ),
+    (_packed(12, 0), ValueError, "expected mask_indptr of at least 2 requests"),
+    (
+        _packed(11, 0, 5),
+        ValueError,
+        "packed_mask: request 1 needs 7 bytes from mask_indptr 5 on, expected them within 0 to 10",
+    ),
+    (_packed(12, -1, 5), ValueError, "packed_mask: request 0 needs 5 bytes from mask_indptr -1 on"),
 ]
 
 
@@ -217,6 +270,25 @@ def test_debug_mode_accepts_what_is_right(monkeypatch) -> None:
     monkeypatch.setenv("FI_DEBUG", "1")
     for table in ("block", "token", "csr"):
         checks.check_attention(replace(CASE, table=table, variant="CAUSAL+WINDOW+SINKS", window=20))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "tensors"}, "argument a: expected kind to be one of float, int, tensor, got tensors"),
+        ({"per": "page"}, "expected per to be one of head, request, token, key, word, got page"),
+        ({"dtype": torch.float16}, "expected dtype to be one of torch.float32, .*, got torch.float16"),
+    ],
+)
+def test_arguments_that_do_not_exist(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Argument(**({"name": "a", "kind": "tensor"} | changes))
+
+
+def test_too_many_arguments() -> None:
+    args = [Argument(f"a{i}", "tensor", per="key") for i in range(5)]
+    with pytest.raises(ValueError, match="at most 8 arguments, a tensor per key counting twice, got 10"):
+        define("FIVE", *args, mask="True")
 
 
 def test_variant_names() -> None:

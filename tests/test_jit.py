@@ -37,12 +37,12 @@ def test_header_holds_configuration_only() -> None:
     assert "#define FI_ARCH 90" in text and "#define FI_ELEMENT_BF16 1" in text
     assert "kHeadDimQk = 192, kHeadDimVo = 128" in text
     assert (
-        "{ alignas(8) int32_t window; alignas(8) float soft_cap; alignas(8) const float* alibi_slopes; }"
+        "alignas(8) int32_t window; alignas(8) float soft_cap; alignas(8) const float* alibi_slopes; }"
         in text
     )
     assert "fi::Compose<fi::Causal, fi::Window, fi::SoftCap, fi::Alibi>" in text
     text = jit.Spec(80, "f16", 64, 64, CAUSAL + TREE).header()
-    assert "{ alignas(8) const int64_t* tree_mask; alignas(8) int32_t tree_tokens; }" in text
+    assert "alignas(8) const int64_t* tree_mask; alignas(8) int32_t tree_tokens; }" in text
     assert "fi::Compose<fi::Causal, fi::Tree>" in text
 
 
@@ -56,6 +56,13 @@ def test_profiling_builds_are_their_own() -> None:
     normal, profile = (jit.Spec(0, "f32", 8, 8, CAUSAL, profile=p) for p in (False, True))
     assert "kProfile = false" in normal.header() and "kProfile = true" in profile.header()
     assert jit.library(normal).name + "-profile" == jit.library(profile).name
+
+
+def test_debug_builds_are_their_own() -> None:
+    normal, debug = (jit.Spec(0, "f32", 8, 8, CAUSAL + TREE, debug=d) for d in (False, True))
+    assert "kDebug = false" in normal.header() and "fi::Checked" not in normal.header()
+    assert "kDebug = true" in debug.header() and "fi::Checked<int64_t> tree_mask" in debug.header()
+    assert jit.library(normal).name + "-debug" == jit.library(debug).name
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import checks
 import emulated
 import pytest
 from cases import Case, make
-from defined import ARGS, inputs_of
+from defined import ARGS, ARGS_CHECKED, CHECKED, inputs_of
 from grid import EVERYTHING, LONG, MIXED, SMALL
 
 from fi_backend import jit
@@ -34,6 +34,7 @@ CASES = [
     replace(SMALL, page_size=3, layout="padded", run=7),
     replace(SMALL, variant=EVERYTHING),
     replace(SMALL, variant="CAUSAL+TREE", q_lens=(7,) * 3, kv_lens=(7, 200, 66)),
+    replace(SMALL, variant="DOCUMENT+PREFIX_LM+PACKED_MASK"),
     DECODE,
     replace(DECODE, page_size=1, table="token", run=300),
     replace(DECODE, head_dim=128),
@@ -82,7 +83,7 @@ def check(build: Build, inputs: Any, workers: int, changes: dict[str, str] | Non
     planner = checks.planner_for(inputs, tiles=tiles)
     # the CPU's runner, with another executor
     planner.__dict__["_runner"] = runner = make_runner(checks.planner_for(inputs))
-    spec = jit.Spec(90, "bf16", *dims, inputs.variant)
+    spec = jit.Spec(90, "bf16", *dims, inputs.variant, debug=runner.debug)
     runner.executors[inputs.variant, inputs.q.dtype] = build(spec, changes or {})
     plan = planner.plan(inputs.batch)
     checks.poison(plan)
@@ -103,6 +104,16 @@ def test_mixed_batches(build: Build, case: Case) -> None:
 @pytest.mark.parametrize("name", ARGS)
 def test_defined_variants(build: Build, name: str) -> None:
     check(build, inputs_of(name, dtype="bf16"), 5)
+
+
+@pytest.mark.parametrize("name", ARGS_CHECKED)
+def test_an_index_out_of_range_is_named(build: Build, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FI_DEBUG", "1")
+    inputs = inputs_of(name, **CHECKED)
+    check(build, inputs, 5)
+    inputs.variant_args["table"] = inputs.variant_args["table"][:3]
+    with pytest.raises(IndexError, match="expected indices of 0 to 2 into table of length 3, got 3"):
+        check(build, inputs, 5)
 
 
 CONTROLS = {

@@ -12,8 +12,9 @@ from typing import Any
 import checks
 import pytest
 import torch
-from defined import ARGS, PREFIX, ROOT_OF_DISTANCE, SHARES, STRIPES, inputs_of
+from defined import ARGS, ARGS_CHECKED, CHECKED, PREFIX, ROOT_OF_DISTANCE, SHARES, STRIPES, inputs_of
 
+import fi_backend
 from fi_backend import check, eager, jit, variants
 from fi_backend.expressions import Name, translate
 from fi_backend.variants import Argument, define, parse
@@ -38,7 +39,7 @@ def test_defined_variants_on_the_cpu(name: str) -> None:
         checks.compare(inputs, out, lse)
     if "gates" in inputs.variant_args:
         inputs.variant_args["gates"] = inputs.variant_args["gates"] + 0.1
-    others = {"rate": 0.4, "cap": 3.0, "power": 0.6, "length": 50}
+    others = {"rate": 0.4, "cap": 3.0, "power": 0.6, "length": 50, "temperature": torch.full((200,), 3.0)}
     inputs.variant_args |= {k: v for k, v in others.items() if k in inputs.variant_args}
     with pytest.raises(AssertionError, match="error"):  # the control: other arguments are other attention
         checks.compare(inputs, out, lse)
@@ -61,10 +62,14 @@ def test_defined_variants_compile_for_gpus(arch: int) -> None:
         jit.toolchain.nvcc()
     except jit.BuildError as error:
         pytest.skip(str(error))
-    name = {80: "PREFIX_LM+PAGES+BENT", 90: "CAUSAL+STRIPES+ROOT_OF_DISTANCE+SHARES"}[arch]
-    spec = jit.Spec(arch, "bf16", 128, 128, parse(name))
-    log = (jit.build(jit.library(spec)) / "build.log").read_text()
-    assert not re.search(r"\bC75\d\d\b", log), f"wgmma serialized:\n{log}"
+    name = {80: "PREFIX+PAGES+BENT", 90: "CAUSAL+STRIPES+ROOT_OF_DISTANCE+SHARES"}[arch]
+    masks = "CAUSAL+DOCUMENT+PACKED_MASK"
+    specs = [jit.Spec(arch, "bf16", 128, 128, parse(x)) for x in (name, masks)]
+    if arch == 90:
+        specs.append(jit.Spec(arch, "bf16", 64, 64, parse("DOCUMENT+LOOK_UP"), debug=True))
+    for folder in jit.build_all([jit.library(spec) for spec in specs]):
+        log = (folder / "build.log").read_text()
+        assert not re.search(r"\bC75\d\d\b", log), f"wgmma serialized:\n{log}"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,7 @@ def test_eager_form_is_python(text: str) -> None:
     ("wanted", "message"),
     [
         ({"mask": "kv_pos <="}, "expected an expression, got 'kv_pos <='"),
-        ({"mask": "kv_pos <= position"}, "expected one of q_pos, kv_len, request, kv_pos, .*got 'position'"),
+        ({"mask": "kv_pos <= position"}, "expected one of q_pos, .*request, kv_pos, .*got 'position'"),
         ({"mask": "kv_pos - q_pos"}, "expected mask to be a condition, got 'kv_pos - q_pos'"),
         ({"mask": "x > 0"}, "expected one of .*, got 'x'"),
         ({"mask": "per_head[q_head] > 0"}, r"expected no per_head here, got 'per_head\[q_head\]'"),
@@ -106,6 +111,13 @@ def test_eager_form_is_python(text: str) -> None:
         ({"logits": "sin(x)"}, r"expected abs, exp, log, sqrt, tanh of one number, .*got 'sin\(x\)'"),
         ({"logits": "x + per_head"}, r"expected per_head\[q_head\], got 'per_head'"),
         ({"logits": "x + per_head[kv_pos]"}, r"expected per_head\[q_head\], got 'per_head\[kv_pos\]'"),
+        ({"mask": "flags"}, r"expected flags\[kv_pos\] or flags\[q_pos\], got 'flags'"),
+        ({"mask": "flags[0]"}, r"expected a number, a name, .*got 'flags\[0\]'"),
+        ({"mask": "flags[kv_pos] + 1 > 1"}, r"expected a number, got 'flags\[kv_pos\]'"),
+        (
+            {"keys": ("words[kv_pos]", "q_pos")},
+            r"expected words per head, request, token, key, dim, got per word",
+        ),
         ({"logits": "x + (q_pos > 3)"}, r"expected a number, got 'q_pos > 3'"),
         ({"logits": "x if q_pos else 1"}, "expected a condition, got 'q_pos'"),
         ({"logits": "x + 99999999999"}, "expected a finite number"),
@@ -113,7 +125,7 @@ def test_eager_form_is_python(text: str) -> None:
         ({"weights": "q_pos == 3"}, "expected weights to be a number, got 'q_pos == 3'"),
         ({"keys": "q_pos"}, "expected two expressions where there is no text, got 'q_pos'"),
         ({"keys": ("0", "q_pos + 0.5")}, r"expected keys to be integers, got \('0', 'q_pos \+ 0.5'\)"),
-        ({"keys": ("kv_pos", "q_pos")}, "expected one of q_pos, kv_len, request, .*got 'kv_pos'"),
+        ({"keys": ("kv_pos", "q_pos")}, "expected one of q_pos, .*kv_len, request, .*got 'kv_pos'"),
         ({}, "expected one of mask, keys, logits, weights, or some of query, .*, got none"),
         ({"mask": "True", "logits": "x"}, "expected one of mask, .* got mask and logits"),
         ({"query": "x", "logits": "x"}, "expected one of mask, .* got logits and query"),
@@ -126,8 +138,10 @@ def test_eager_form_is_python(text: str) -> None:
     ],
 )
 def test_what_is_refused(wanted: dict[str, Any], message: str) -> None:
+    flags = Argument("flags", "tensor", dtype=torch.bool, per="key")
+    more = [Argument("words", "tensor", per="word")] if "words" in str(wanted) else []
     with pytest.raises(ValueError, match=message):
-        define("REFUSED", Argument("per_head", "tensor"), **wanted)
+        define("REFUSED", Argument("per_head", "tensor"), flags, *more, **wanted)
     with pytest.raises(ValueError, match="expected a variant made of"):
         parse("REFUSED")
 
@@ -230,18 +244,48 @@ def test_other_processes_know_a_pickled_variant() -> None:
     ran = subprocess.run(
         [sys.executable, "-c", code], input=pickle.dumps(variant), capture_output=True, check=True
     )
-    assert all(text in ran.stdout.decode() for text in ("PREFIX_LM : Feature", "SHARES : Feature"))
+    assert all(text in ran.stdout.decode() for text in ("PREFIX : Feature", "SHARES : Feature"))
     assert pickle.loads(pickle.dumps(variant)) is variant
     with pytest.raises((AttributeError, pickle.PicklingError)):  # its torch form has no name to be found by
         pickle.dumps(ROOT_OF_DISTANCE)
 
 
 def test_too_few_requests_are_refused() -> None:
-    inputs = inputs_of("PREFIX_LM+BENT")
+    inputs = inputs_of("PREFIX+BENT")
     inputs.variant_args["prefix"] = inputs.variant_args["prefix"][:4]
     plan = checks.planner_for(inputs).plan(inputs.batch)
     with pytest.raises(ValueError, match=r"expected prefix of at least 5 requests .* got 4"):
         checks.run_inputs(plan, inputs)
+
+
+@pytest.mark.parametrize("name", ARGS_CHECKED)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_an_index_out_of_range_is_named(device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FI_DEBUG", "1")
+    inputs = inputs_of(name, device, **CHECKED)
+    plan = checks.planner_for(inputs).plan(inputs.batch)
+    checks.compare(inputs, *checks.run_inputs(plan, inputs))
+    table = inputs.variant_args["table"]
+    message = f"variant {re.escape(name)}: expected indices of 0 to 2 into table of length 3, got 3"
+    with pytest.raises(IndexError, match=message):
+        checks.run_inputs(plan, inputs, table=table[:3])
+    checks.compare(inputs, *checks.run_inputs(plan, inputs))  # it does not stick
+    if device == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            checks.run_inputs(plan, inputs, table=table[:3])
+    monkeypatch.delenv("FI_DEBUG")
+    plan = checks.planner_for(inputs).plan(inputs.batch)
+    checks.compare(inputs, *checks.run_inputs(plan, inputs, table=table[:3]))  # the fourth lies behind it
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_too_few_positions_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FI_DEBUG", "1" if device == "cuda" else "0")
+    inputs = inputs_of("SEGMENT+IMPORTANCE", device)
+    plan = checks.planner_for(inputs).plan(inputs.batch)
+    with pytest.raises(ValueError, match=r"expected importance of at least 200 positions .* got 199"):
+        checks.run_inputs(plan, inputs, importance=inputs.variant_args["importance"][:, :199].contiguous())
 
 
 def test_compiler_points_at_the_users_line() -> None:
@@ -262,15 +306,19 @@ def test_compiler_points_at_the_users_line() -> None:
 
 
 def test_documentation_runs() -> None:
+    ran = []
+
+    def compared(plan: Any, q: torch.Tensor, kv: Any, *, variant: Any, **args: Any) -> torch.Tensor:
+        out = fi_backend.run(plan, q, kv, variant=variant, **args)
+        wanted, _ = eager.attention(q, kv, plan.batch, variant, args, 64**-0.5)
+        torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-5)
+        ran.append(variant.name)
+        return out
+
     page = (Path(__file__).resolve().parent.parent / "docs" / "variants.md").read_text()
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.S):
         exec(compile(block, "docs/variants.md", "exec"), names)
-        if "out" in names:
-            name, args = ("PREFIX", {"rate": 0.1}) if "ROTATING" not in names else ("ROTATING", {"period": 3})
-            variant = names[name] + (names["DECAY"] if name == "PREFIX" else variants.FULL)
-            args |= {"prefix": torch.tensor([6, 2])} if name == "PREFIX" else {}
-            wanted, _ = eager.attention(names["q"], names["kv"], names["batch"], variant, args, 64**-0.5)
-            torch.testing.assert_close(names["out"].double(), wanted, rtol=1e-4, atol=1e-5)
-            assert names.pop("out") is not None
-    assert "ROTATING" in names
+        if "run" in names:
+            names["run"] = compared
+    assert len(ran) == 6 and "PREFIX+DECAY" in ran and "ROTATING" in ran

@@ -78,13 +78,6 @@ Tile& my_tile() {
   return *tile;
 }
 
-Args args_of(const AttentionParams& p) {
-  static_assert(sizeof(Args) <= kMaxVariantBytes, "too many variant arguments");
-  Args args;
-  std::memcpy(static_cast<void*>(&args), p.variant_args, sizeof(Args));
-  return args;
-}
-
 int64_t first_token(const AttentionParams& p, const WorkItem& w) { return p.batch.qo_indptr[w.request]; }
 
 int rows_of(const AttentionParams& p, const WorkItem& w) {
@@ -106,7 +99,9 @@ Place place_of(const AttentionParams& p, const WorkItem& w, int i) {
 Row row_at(const AttentionParams& p, const WorkItem& w, int i) {
   Place at = place_of(p, w, i);
   int32_t kv_len = p.batch.kv_len[w.request];
-  return {w.request, at.head, kv_len - int32_t(p.batch.qo_indptr[w.request + 1] - at.token), kv_len};
+  int32_t q_len = p.batch.qo_indptr[w.request + 1] - p.batch.qo_indptr[w.request];
+  int32_t q_pos = kv_len - q_len + int32_t(at.token - first_token(p, w));
+  return {w.request, at.head, q_pos, kv_len, q_len, int32_t(at.token)};
 }
 
 void load_rows(const AttentionParams& p, const Args& args, const WorkItem& w, Tile& t) {
@@ -313,7 +308,7 @@ void merge(const AttentionParams& p, const Args& args, const WorkItem& w) {
 }
 
 void run(const AttentionParams& p) {
-  const Args args = args_of(p);
+  const Args args = args_of<Args>(p);
 #pragma omp parallel if (p.header->items > 1)
   {
     Tile& tile = my_tile();

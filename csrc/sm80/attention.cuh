@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kTiles.ctas_per_sm)
     attention_kernel(const __grid_constant__ AttentionParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
   Smem smem(shared);
-  const Args& args = *reinterpret_cast<const Args*>(p.variant_args);
+  const Args& args = args_of<Args>(p);
   if (fresh_thread_index() == 0) *smem.cursor = p.worker_indptr[blockIdx.x];
   while (true) {
     __syncthreads();  // the last item is done with shared memory

@@ -21,10 +21,7 @@ struct Consumer {
   uint32_t tiles = 0;  // of all items so far, those with their output
 
   __device__ Consumer(const AttentionParams& params, const Smem& s)
-      : p(params),
-        args(*reinterpret_cast<const Args*>(params.variant_args)),
-        smem(s),
-        group(uniform(threadIdx.x / kGroupThreads - 1)) {}
+      : p(params), args(args_of<Args>(params)), smem(s), group(uniform(threadIdx.x / kGroupThreads - 1)) {}
 
   __device__ __forceinline__ void run() {
     if (group == 1) named_arrive(kTurnBarrier, 2 * kGroupThreads);  // the first turn is group 0's

@@ -32,7 +32,7 @@ struct QueryProducer {
   }
 
   __device__ __forceinline__ void run() const {
-    const Args& args = *reinterpret_cast<const Args*>(p.variant_args);
+    const Args& args = args_of<Args>(p);
     int slices = p.header->rounds * gridDim.x, slice = blockIdx.x;
     int item = p.worker_indptr[slice], end = p.worker_indptr[slice + 1];
     for (uint32_t n = 0;; ++n, ++item) {
@@ -229,7 +229,7 @@ struct KvProducer {
   template <bool kOfV>
   __device__ __forceinline__ void transform(const Task& task, int t, uint32_t n) const {
     if constexpr (kOfV ? Variant::kHasValue : Variant::kHasKey) {
-      const Args& args = *reinterpret_cast<const Args*>(p.variant_args);
+      const Args& args = args_of<Args>(p);
       const auto& ring = smem.ring<kOfV>();
       ring.wait_landed(n);
       transform_tokens<kOfV>(args, task, task.first_token + t * kTileKv, warp, kWarps, lane,

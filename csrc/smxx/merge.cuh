@@ -1,6 +1,7 @@
 // Joins the partial states of tiles that were split over KV, in slot order, so that results do not depend on
 // timing. One block a merge entry, one warp a row.
 #pragma once
+#include "../arguments.h"
 #include "../state.h"
 #include "../timer.h"
 
@@ -86,7 +87,7 @@ __device__ __forceinline__ State join_states(const AttentionParams& p, int begin
 template <class Element, class Variant, class Args, bool kInOrder, bool kProfile, int kTileQ,
           int kTileQNarrow, int kDimVo, class Wait>
 __device__ __forceinline__ void merge_rows(const AttentionParams& p, Wait wait) {
-  Args args = *reinterpret_cast<const Args*>(p.variant_args);
+  Args args = args_of<Args>(p);
   int lane = threadIdx.x % 32;
   int merges = p.header->merges;
   bool failed = p.header->error, waited = false;
@@ -109,10 +110,10 @@ __device__ __forceinline__ void merge_rows(const AttentionParams& p, Wait wait) 
       float factor = joined.finish<Variant>(args, head);
       if (p.lse && lane == 0) p.lse[q_token * (p.kv_heads * p.group) + head] = joined.lse() * kLn2;
       Element* out = static_cast<Element*>(p.out) + q_token * p.o_token + head * p.o_head;
-      Row row{item.request, head, 0, 0};
+      Row row{};  // read by output transforms alone
       if constexpr (Variant::kHasOutput) {
-        row.kv_len = p.batch.kv_len[item.request];
-        row.q_pos = row.kv_len - q_len + token;
+        int kv_len = p.batch.kv_len[item.request];
+        row = {item.request, head, kv_len - q_len + token, kv_len, q_len, q_first + token};
       }
 #pragma unroll
       for (int v = 0; v < sizeof(o) / sizeof(float4); ++v) {

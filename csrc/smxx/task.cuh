@@ -81,7 +81,8 @@ struct Task {
   // rows past the end repeat the last one
   __device__ __forceinline__ Row row(const AttentionParams& p, int packed) const {
     packed = min(packed, end - 1);
-    return {request, head_of(p, packed), q_pos + token_of(p, packed), kv_len};
+    return {request, head_of(p, packed), q_pos + token_of(p, packed),
+            kv_len,  kv_len - q_pos,     q_first + token_of(p, packed)};
   }
   __device__ __forceinline__ TokenPlace find(const AttentionParams& p, int token) const {
     if (token < key_begin || token >= key_end) return {-1, 0};

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from .. import env
-from ..variants import Variant, with_places
+from ..variants import ELEMENTS, Argument, Variant, with_places
 from . import toolchain
 from .toolchain import BuildError, log
 
@@ -34,11 +34,6 @@ CPU = 0  # the arch and the room of the CPU executor
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 _ELEMENTS = {"bf16": "FI_ELEMENT_BF16", "f16": "FI_ELEMENT_F16", "f32": "FI_ELEMENT_F32"}
 _C_TYPES = {"float": "float", "int": "int32_t"}
-_C_POINTERS = {
-    torch.float32: "const float*",
-    torch.int32: "const int32_t*",
-    torch.int64: "const int64_t*",
-}
 
 
 def csrc() -> Path:
@@ -54,7 +49,8 @@ class Spec:
     """One executor build. arch: 0 for the CPU, else 80, 86, ...; dtype: "bf16", "f16", "f32" (CPU only).
 
     batch_invariant: for plans of a batch invariant planner, and for no others. profile: writes down when each
-    item and merge begins and ends; for `measure`.
+    item and merge begins and ends; for `measure`. debug: finds tensor arguments indexed out of range; takes
+    them as `debug.Arguments` has them.
     """
 
     arch: int
@@ -64,6 +60,7 @@ class Spec:
     variant: Variant
     batch_invariant: bool = False
     profile: bool = False
+    debug: bool = False
 
     def __post_init__(self) -> None:
         check_head_dims(self.arch, self.head_dim_qk, self.head_dim_vo)
@@ -81,24 +78,31 @@ class Spec:
 
     def __str__(self) -> str:
         dims = f"{self.head_dim_qk}x{self.head_dim_vo}"
-        more = " batch invariant" * self.batch_invariant + " profile" * self.profile
+        more = " batch invariant" * self.batch_invariant + " profile" * self.profile + " debug" * self.debug
         return f"{arch_name(self.arch)} attention {self.dtype} {dims} {self.variant}{more}"
+
+    def _c_type(self, arg: Argument) -> str:
+        if arg.kind != "tensor":
+            return _C_TYPES[arg.kind]
+        element = ELEMENTS[arg.dtype]
+        data = f"fi::Checked<{element}>" if self.debug else f"const {element}*"
+        return f"fi::PerKey<{data}>" if arg.per_key else data
 
     def header(self) -> str:
         """The text of fi_spec.h: configuration only."""
-        types = [_C_POINTERS[a.dtype] if a.kind == "tensor" else _C_TYPES[a.kind] for a in self.variant.args]
-        members = "".join(f" alignas(8) {t} {a.name};" for t, a in zip(types, self.variant.args, strict=True))
+        members = "".join(f" alignas(8) {self._c_type(a)} {a.name};" for a in self.variant.args)
         features = ", ".join(f.functor for f in self.variant.features)
         texts = "".join(f.text for f in self.variant.features)
         defined = f'#include "expression.h"\nnamespace fi::user {{\n{texts}}}\n' if texts else ""
         return (
             f"// {self}\n#pragma once\n#define FI_ARCH {self.arch}\n#define FI_ROOM {self.room}\n"
             f"#define {_ELEMENTS[self.dtype]} 1\n"
-            f'#include "transforms.h"\n{defined}namespace fi::spec {{\n'
+            f'#include "arguments.h"\n#include "transforms.h"\n{defined}namespace fi::spec {{\n'
             f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
             f"constexpr bool kBatchInvariant = {str(self.batch_invariant).lower()};\n"
             f"constexpr bool kProfile = {str(self.profile).lower()};\n"
-            f"struct Args {{{members} }};\nusing Variant = fi::Compose<{features}>;\n}}\n"
+            f"struct Args {{ static constexpr bool kDebug = {str(self.debug).lower()};{members} }};\n"
+            f"using Variant = fi::Compose<{features}>;\n}}\n"
         )
 
 
@@ -266,7 +270,7 @@ def _smxx_library(arch: int) -> Library:
 
 def _file_name(spec: Spec) -> str:
     dims = f"{spec.head_dim_qk}x{spec.head_dim_vo}"
-    more = "-invariant" * spec.batch_invariant + "-profile" * spec.profile
+    more = "-invariant" * spec.batch_invariant + "-profile" * spec.profile + "-debug" * spec.debug
     return f"{arch_name(spec.arch)}-{spec.dtype}-{dims}-{spec.variant}{more}".replace("+", "_").lower()
 
 
