@@ -493,9 +493,10 @@ def define(
     Or some of query, key, value, output: what becomes of element x, number `dim`, of a head's vector.
 
     All may use kv_len, request (index in the batch) and arguments by name; all but key and value q_pos, q_len
-    and q_token (index in q); mask, logits, weights, key and value kv_pos (among the request's keys); logits, weights, query and output q_head; key and value kv_head; the last four dim. Tensor arguments have
-    an index: per request name[request], per token name[q_token], per key name[q_pos] and name[kv_pos], per
-    head name[q_head], per dim name[dim]. A q_pos below 0, of more query tokens than keys, has the first key's
+    and q_token (index in q); mask, logits, weights, key and value kv_pos (among the request's keys); logits,
+    weights, query and output q_head; key and value kv_head; the last four dim. Tensor arguments have an index:
+    per request name[request], per token name[q_token], per key name[q_pos] and name[kv_pos], per head
+    name[q_head], per dim name[dim]. A q_pos below 0, of more query tokens than keys, has the first key's
     element. fi_backend/expressions.py has the language.
 
     text: instead of an expression, the inside of a C++ struct that inherits fi::Feature (csrc/variant.h),

@@ -276,7 +276,7 @@ def test_debug_mode_accepts_what_is_right(monkeypatch) -> None:
     ("changes", "message"),
     [
         ({"kind": "tensors"}, "argument a: expected kind to be one of float, int, tensor, got tensors"),
-        ({"per": "page"}, "expected per to be one of head, request, token, key, word, got page"),
+        ({"per": "page"}, "expected per to be one of head, request, token, key, dim, pair, word, got page"),
         ({"dtype": torch.float16}, "expected dtype to be one of torch.float32, .*, got torch.float16"),
     ],
 )
