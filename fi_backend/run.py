@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from . import arrays, custom_ops, debug, env, jit
 from .arrays import Array
 from .formats import KVCache
-from .variants import CAUSAL, WINDOW, Variant
+from .variants import CAUSAL, WINDOW, Variant, check_requests
 
 if TYPE_CHECKING:
     from .plan import Plan, Planner
@@ -76,6 +76,7 @@ def bind(plan: Plan, profile: torch.Tensor | None = None) -> torch.Tensor:
         planner.head_dim_qk,
         planner.head_dim_vo,
         profile,
+        None if planner.skip is None else planner.tile_list,
     )
     plan.__dict__["_bound"] = storage  # a cache: the plan itself stays frozen
     return storage
@@ -90,10 +91,15 @@ def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtyp
         raise ValueError(
             f"expected a variant with WINDOW (the plan kept {planner.window} keys a row), got {variant}"
         )
+    if planner.skip is not None and planner.skip not in variant:
+        raise ValueError(
+            f"expected a variant with all of {planner.skip} (what it hides the plan skipped), got {variant}"
+        )
     if dtype not in jit.DTYPES:
         raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
     dims = planner.head_dim_qk, planner.head_dim_vo
-    spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, planner.batch_invariant, runner.profile)
+    flags = planner.batch_invariant, runner.profile, planner.skip is not None
+    spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, *flags)
     found = runner.executors[variant, dtype] = jit.executor(spec)
     return found
 
@@ -152,18 +158,9 @@ def run(
         raise ValueError(
             f"expected window of at most {planner.window} (the plan's), got {variant_args['window']}"
         )
-    if "tree_tokens" in variant_args:
-        needed = plan.batch.num_requests * variant_args["tree_tokens"]
-        if (found := variant_args["tree_mask"].shape[0]) < needed:
-            raise ValueError(
-                f"expected tree_mask of at least {needed} words ({plan.batch.num_requests} requests x "
-                f"tree_tokens {variant_args['tree_tokens']}), got {found}"
-            )
-    for name in variant.per_request:
-        if (found := variant_args[name].shape[0]) < plan.batch.num_requests:
-            raise ValueError(
-                f"expected {name} of at least {plan.batch.num_requests} requests (the batch's), got {found}"
-            )
+    check_requests(variant, variant_args, plan.batch.num_requests)
+    if planner.skip is not None:
+        planner.check_skipped(plan.batch, variant_args)
     if lse is not None and not variant.softmax:
         raise ValueError(f"expected no lse with {variant}, which has no softmax")
     if out is None:

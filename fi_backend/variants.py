@@ -172,6 +172,20 @@ def _slot(variant: Variant, arg: Argument, value: Any, q_heads: int, device: tor
     return number
 
 
+def check_requests(variant: Variant, args: Mapping[str, Any], requests: int) -> None:
+    """Raises ValueError if tensors that pack() took have too few elements for a batch."""
+    if "tree_tokens" in args:
+        needed = requests * args["tree_tokens"]
+        if (found := args["tree_mask"].shape[0]) < needed:
+            raise ValueError(
+                f"expected tree_mask of at least {needed} words ({requests} requests x "
+                f"tree_tokens {args['tree_tokens']}), got {found}"
+            )
+    for name in variant.per_request:
+        if (found := args[name].shape[0]) < requests:
+            raise ValueError(f"expected {name} of at least {requests} requests (the batch's), got {found}")
+
+
 def _tree_mask(
     q_pos: torch.Tensor,
     kv_pos: torch.Tensor,
