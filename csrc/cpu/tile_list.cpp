@@ -27,7 +27,7 @@ void list_row_tile(const PlanParams& p, const Args& args, int32_t request, const
 }  // namespace
 }  // namespace fi::cpu
 
-// Lengths have been checked.
+// Lengths beyond the list's capacities are left out: the planner refuses them.
 extern "C" int fi_tile_list(const fi::ListParams* params, void*) {
   using namespace fi::cpu;
   const fi::PlanParams& p = params->plan;
@@ -36,6 +36,7 @@ extern "C" int fi_tile_list(const fi::ListParams* params, void*) {
 #pragma omp parallel for schedule(dynamic, 1)
   for (int32_t request = 0; request < p.num_requests; ++request) {
     const fi::Rows r = rows_of(p, request);
+    if (!fits_list(p, request, r)) continue;
     for (int32_t index = 0; index < row_tiles(p, r); ++index) list_row_tile(p, args, request, r, index);
   }
   return 0;
