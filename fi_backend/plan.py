@@ -181,8 +181,6 @@ class Planner:
         if max_kv_len is not None and max_kv_len < 1:
             raise ValueError(f"expected max_kv_len of at least 1 token, or None, got {max_kv_len}")
         if skip is not None:
-            if device.type != "cpu":
-                raise ValueError(f"expected skip on the CPU, which alone has it so far, got {device}")
             _check_skip(skip, causal, window)
         self.q_heads, self.kv_heads, self.group = q_heads, kv_heads, q_heads // kv_heads
         self.head_dim_qk, self.head_dim_vo = head_dim, head_dim if head_dim_vo is None else head_dim_vo

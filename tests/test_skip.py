@@ -151,7 +151,7 @@ def poison_hidden(inputs: Inputs, tile_kv: int) -> int:
         args = {k: v.cpu() if torch.is_tensor(v) else v for k, v in inputs.variant_args.items()}
         seen = visible(inputs.variant, args, request, *lengths).any(0)
         for page, number in enumerate(eager.pages_of(inputs.batch, request)):
-            tile = page * CASE.page_size // tile_kv * tile_kv
+            tile = page * inputs.batch.page_size // tile_kv * tile_kv
             if lengths[0] and not seen[tile : tile + tile_kv].any():
                 inputs.kv.k[number] = inputs.kv.v[number] = torch.nan
                 poisoned += 1

@@ -52,7 +52,7 @@ struct TileStream {
 
   __device__ __forceinline__ TokenPlace look_up(int t) const {
     if (thread >= kTileKv || t >= smem.task->tiles) return {-1, 0};
-    return smem.task->find(p, smem.task->first_token + t * kTileKv + thread);
+    return smem.task->find(p, smem.task->token_of_tile(t) + thread);
   }
 
   // Starts the next copy, if the tile exists; always commits, so that groups count steps.
@@ -114,7 +114,7 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
       stream.issue<!kEven>(tile + (kSlots - 1) / 2, stream.slot_before(slot));
       if (tile == 0) q.keep();
       if (has_rows()) {
-        int token = task.first_token + tile * kTileKv + warp_token;
+        int token = task.token_of_tile(tile) + warp_token;
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
           if (kBatchInvariant && f > 0 && !has_rows(f)) continue;  // decodes are wide tiles too

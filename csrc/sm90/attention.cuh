@@ -156,7 +156,7 @@ struct Consumer {
       };
 
       for (int tile = 1; tile < task.tiles; ++tile) {
-        token += kTileKv;
+        token = kTileList ? task.token_of_tile(tile) + part.token : token + kTileKv;
         advance(q, by_tma.has(tile));
         if (state.step<kTokens>(s, keep, token, output_done)) RowState::rescale(o, keep);
         RowState::pack<kTokens>(probabilities, s);
@@ -206,6 +206,7 @@ struct Consumer {
     int token = task.first_token + part.token;
     for (int tile = 0; tile < task.tiles; ++tile, token += kTileKv) {
       const bool boxes = by_tma.has(tile);
+      if constexpr (kTileList) token = task.token_of_tile(tile) + part.token;
       scores_alone(s, q, part, boxes);
       if (state.step<kTokens>(s, keep, token, [](float) {})) RowState::rescale(o, keep);
       RowState::pack<kTokens>(probabilities, s);
