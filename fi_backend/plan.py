@@ -316,7 +316,7 @@ class Planner:
                 lengths = {"qo_indptr_cpu": qo_indptr_cpu, "kv_len_cpu": kv_len_cpu}
                 return self.plan(batch, on=on, **lengths, **skip_args)
         if self.skip is not None or skip_args:
-            self._list_tiles(batch, on, skip_args)
+            self.list_tiles(batch, on, skip_args)
         if self._smxx is None:
             self._core.plan_host(self._config, self._buffer, batch.qo_indptr, batch.kv_len)
         elif on == "host":
@@ -334,7 +334,8 @@ class Planner:
             plan.check()
         return plan
 
-    def _list_tiles(self, batch: BlockSparse, on: str, skip_args: dict[str, Any]) -> None:
+    def list_tiles(self, batch: BlockSparse, on: str, skip_args: dict[str, Any]) -> None:
+        """The first step of `plan`: fills list_counts and tile_list from what skip sees."""
         if self.skip is None or self._lister is None:
             raise ValueError(f"expected no {', '.join(skip_args)} without skip, which takes such arguments")
         if on != "device":

@@ -50,7 +50,7 @@ def plan_as_device(
         lister.set_seed(seed)
         found = emulated.address(lister.fi_tile_list), emulated.address(lister.fi_error)
         planner._lister = jit.TileLister(*found)
-        planner._list_tiles(batch, "device", args)
+        planner.list_tiles(batch, "device", args)
     emulator.set_seed(seed)
     function, error = emulated.address(emulator.fi_plan), emulated.address(emulator.fi_error)
     jit.core().plan_device(planner._config, planner._buffer, batch.qo_indptr, batch.kv_len, function, error)
