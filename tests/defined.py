@@ -57,9 +57,7 @@ DOCUMENTS = define(
     Argument("document", "tensor", dtype=torch.int32, per="request"),
     mask="q_pos // document[request] == kv_pos // document[request] and kv_pos <= q_pos",
 )
-STRIDED = define(
-    "STRIDED", Argument("stride", "int", at_least=1), mask="(q_pos - kv_pos) // 16 % stride == 0"
-)
+STEPS = define("STEPS", Argument("stride", "int", at_least=1), mask="(q_pos - kv_pos) // 16 % stride == 0")
 # weights of either sign, which do not sum up to 1
 SHARES = define(
     "SHARES",

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, Inputs, make
-from defined import DOCUMENTS, PAGES, PREFIX, SHARES, STRIDED
+from defined import DOCUMENTS, PAGES, PREFIX, SHARES, STEPS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import Arrays, Setup, arrays, check_numbering, item_costs, setups, worker_loads
+from plans import Arrays, Setup, arrays, batch_of, check_numbering, item_costs, setups, worker_loads
 
 from fi_backend import Plan, Planner, eager, measure
 from fi_backend.plan import cost_model
@@ -30,15 +30,15 @@ def per_request(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 SKIPS: dict[str, tuple[Variant, dict[str, Any]]] = {
     "documents": (DOCUMENTS, {"document": per_request(100, 64, 1, 90, 130, 7)}),
     "prefix": (PREFIX, {"prefix": per_request(40, 2, 5, 200, 90, 9)}),
-    "strided": (STRIDED, {"stride": 20}),
+    "strided": (STEPS, {"stride": 20}),
     "keys": (PAGES, {"length": 100, "back": per_request(0, 300, 0, 30, 70, 5, dtype=torch.int64)}),
     "window": (CAUSAL + WINDOW, {"window": 90}),
     "both": (
-        CAUSAL + STRIDED + PAGES,
+        CAUSAL + STEPS + PAGES,
         {"stride": 9, "length": 300, "back": torch.zeros(6, dtype=torch.int64)},
     ),
     "tree": (
-        CAUSAL + TREE + STRIDED,
+        CAUSAL + TREE + STEPS,
         {"tree_mask": torch.arange(8 * REQUESTS) % 3 + 1, "tree_tokens": 8, "stride": 11},
     ),
     "everything": (FULL, {}),
@@ -184,6 +184,67 @@ def test_on_the_gpu(name: str, head_dim: int) -> None:
             check_run(inputs, plan_of(inputs, workers))
 
 
+def lists_on(device: str, s: Setup, variant: Variant) -> Planner:
+    capacity = {"max_requests": 40, "max_tokens": 900, "max_kv_len": 3000, "device": device}
+    return skipping(s, variant, **capacity)
+
+
+def lengths_and_arguments(rng: np.random.Generator, requests: int) -> tuple[Setup, dict[str, Any]]:
+    q_lens = rng.multinomial(int(rng.integers(0, 900)), rng.dirichlet(np.full(requests, 0.3)))
+    kv_lens = q_lens + rng.integers(0, 2000, requests)
+    s = Setup(tuple(map(int, q_lens)), tuple(map(int, kv_lens)), 2, 3, 60, 128, 64, 128, room=90)
+    back = torch.from_numpy(rng.integers(0, 500, requests))
+    return s, {"stride": int(rng.integers(1, 40)), "length": 300, "back": back}
+
+
+@pytest.mark.gpu
+def test_a_gpus_lists_and_plans_have_the_hosts_bytes() -> None:
+    rng, variant = np.random.default_rng(0), SKIPS["both"][0]
+    for _ in range(20):
+        s, args = lengths_and_arguments(rng, int(rng.integers(1, 40)))
+        host, device = lists_on("cpu", s, variant), lists_on("cuda", s, variant)
+        host._buffer.fill_(0xAB), device._buffer.fill_(0xAB)
+        host.plan(s.batch(), **args)
+        batch, args["back"] = s.batch("cuda"), args["back"].cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            device.plan(batch, **args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(host._buffer, device._buffer.cpu())
+
+
+@pytest.mark.gpu
+def test_a_captured_plan_follows_lengths_and_masks() -> None:
+    rng, variant = np.random.default_rng(1), SKIPS["both"][0]
+    s, args = lengths_and_arguments(rng, 40)
+    host, device = lists_on("cpu", s, variant), lists_on("cuda", s, variant)
+    batch, back = s.batch("cuda"), args["back"].cuda()
+    device.plan(batch, **(args | {"back": back}))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        device.plan(batch, **(args | {"back": back}))
+    for _ in range(10):
+        s, new = lengths_and_arguments(rng, 40)
+        changed = s.batch()
+        batch.qo_indptr.copy_(changed.qo_indptr), batch.kv_len.copy_(changed.kv_len), back.copy_(new["back"])
+        host._buffer.zero_(), device._buffer.zero_()
+        host.plan(changed, **(args | {"back": new["back"]}))
+        graph.replay()
+        assert torch.equal(host._buffer, device._buffer.cpu())
+
+
+@pytest.mark.gpu
+def test_lengths_beyond_the_list_are_found_by_check() -> None:
+    s, args = lengths_and_arguments(np.random.default_rng(2), 3)
+    planner = lists_on("cuda", s, SKIPS["both"][0])
+    batch = batch_of((1, 2, 3), (100, 3001, 50), "cuda")
+    plan = planner.plan(batch, **(args | {"back": args["back"].cuda()}))
+    with pytest.raises(RuntimeError, match="max_kv_len 3000"):
+        plan.check()
+
+
 def test_hidden_tiles_are_loaded_without_skip() -> None:
     """The control of the poison."""
     inputs = inputs_of("documents")
@@ -254,7 +315,7 @@ def test_what_is_refused_of_a_planner() -> None:
 def test_what_is_refused_of_a_plan() -> None:
     inputs = inputs_of("strided")
     planner, batch = plan_of(inputs).planner, inputs.batch
-    with pytest.raises(ValueError, match="variant STRIDED needs argument stride"):
+    with pytest.raises(ValueError, match="variant STEPS needs argument stride"):
         planner.plan(batch)
     with pytest.raises(ValueError, match='expected on="device" with skip'):
         planner.plan(batch, on="host", stride=20)
@@ -271,7 +332,7 @@ def test_what_is_refused_of_a_plan() -> None:
 def test_what_is_refused_of_a_run() -> None:
     inputs = inputs_of("strided")
     plan = plan_of(inputs)
-    with pytest.raises(ValueError, match=r"expected a variant with all of STRIDED .*, got CAUSAL"):
+    with pytest.raises(ValueError, match=r"expected a variant with all of STEPS .*, got CAUSAL"):
         checks.run_inputs(plan, replace(inputs, variant=CAUSAL, variant_args={}))
     with pytest.raises(ValueError, match=r"expected stride of 20 \(the plan's skip\), got 21"):
         checks.run_inputs(plan, inputs, stride=21)
