@@ -123,7 +123,7 @@ struct Costs {  // see cost.h
 // tile_line() in tiles.h. Tile numbers are of the request's keys.
 struct TileList {
   int32_t* counts;       // [lines] null: the plan has no list
-  int32_t* tiles;        // [lines, width] ascending, as many as the line counts
+  int32_t* tiles;        // [lines, width] ascending ListedTiles, as many as the line counts
   int32_t lines, width;  // capacities
 };
 

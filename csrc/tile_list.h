@@ -30,20 +30,27 @@ FI_HD KeyRange tiles_in_range(const A& args, const TileTokens& tokens, int32_t t
   return {quotient32(begin, tile_kv), ceil_div32(end, tile_kv)};
 }
 
-// Whether the row sees one of the keys first, first + step, ... of those in its range and in [begin, end).
-// The lanes of a warp have a `first` each; where the mask need not be asked, all say the same.
+struct Seen {
+  bool some, all;
+};
+
+// Of the keys first, first + step, ... of those in the row's range and in [begin, end); all: and none of
+// [begin, end) is out of range. The lanes of a warp have a `first` each.
 template <class Variant, class A>
-FI_HD bool sees_one(const A& args, const Row& row, int32_t begin, int32_t end, int32_t first, int32_t step) {
+FI_HD Seen seen_by(const A& args, const Row& row, int32_t begin, int32_t end, int32_t first, int32_t step) {
   KeyRange k = Variant::keys(args, row);
-  begin = at_least(begin, k.begin);
-  end = at_most(end, k.end);
-  if (begin >= end) return false;
-  if (begin < Variant::seen_before(args, row)) return true;
+  const int32_t from = at_least(begin, k.begin), to = at_most(end, k.end);
+  if (from >= to) return {false, false};
+  const int32_t before = Variant::seen_before(args, row);
+  Seen seen{from < before, from == begin && to == end};
+  if (before >= to) return seen;
   const auto mask = Variant::mask(args, row);
-  for (int32_t key = begin + first; key < end; key += step) {
-    if (mask.sees(key)) return true;
+  for (int32_t key = from + first; key < to && !(seen.some && !seen.all); key += step) {
+    bool sees = mask.sees(key);
+    seen.some |= sees;
+    seen.all &= sees;
   }
-  return false;
+  return seen;
 }
 
 }  // namespace fi

@@ -43,4 +43,14 @@ FI_HD constexpr int64_t tile_lines(int64_t requests, int64_t rows, int64_t q_wid
   return requests + rows / q_wide;
 }
 
+// An entry of a TileList: 2 * KV tile + whether every row of the row tile sees all of the tile's keys, so
+// that the mask need not be asked.
+struct ListedTile {
+  int32_t entry;
+
+  FI_HD static ListedTile of(int32_t tile, bool whole) { return {2 * tile + whole}; }
+  FI_HD int32_t tile() const { return entry >> 1; }
+  FI_HD bool whole() const { return entry & 1; }
+};
+
 }  // namespace fi

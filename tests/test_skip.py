@@ -70,10 +70,13 @@ def check_skipped(s: Setup, variant: Variant, args: dict[str, Any], planner: Pla
     for request, row, head, begin, end, _, flags, _ in plan.items.tolist():
         rows = slice(row, row + s.width[bool(flags & 1)])
         line = request + before[request] // s.q_wide + row // s.q_wide
-        tiles = planner.tile_list[line, begin // s.tile_kv : end // s.tile_kv].tolist()
+        entries = planner.tile_list[line, begin // s.tile_kv : end // s.tile_kv]
+        tiles = (entries // 2).tolist()
         assert tiles == sorted(set(tiles)) and end // s.tile_kv <= planner.list_counts[line]
-        for tile in tiles:
+        for tile, whole in zip(tiles, (entries % 2).tolist(), strict=True):
             keys = slice(tile * s.tile_kv, (tile + 1) * s.tile_kv)
+            inside = keys.stop <= s.kv_lens[request]
+            assert whole == (inside and seen[request][rows, keys].all()), "where the mask need not be asked"
             assert seen[request][rows, keys].any(), "a tile that nobody sees"
             reads[request][head][rows, keys] += 1
         if head == 0 and flags & 2:
@@ -258,7 +261,15 @@ def test_a_wrong_list_is_noticed() -> None:
     inputs = inputs_of("documents")
     plan = plan_of(inputs)
     used = plan.planner.tile_list[:, 1:3]
-    used.copy_(used.flip(1) - 1)
+    used.copy_(used.flip(1) - 2)
+    with pytest.raises(AssertionError):
+        checks.compare(inputs, *checks.run_inputs(plan, inputs))
+
+
+def test_a_mask_that_is_not_asked_is_noticed() -> None:
+    inputs = inputs_of("documents")
+    plan = plan_of(inputs)
+    plan.planner.tile_list |= 1  # every row sees all keys of each tile
     with pytest.raises(AssertionError):
         checks.compare(inputs, *checks.run_inputs(plan, inputs))
 

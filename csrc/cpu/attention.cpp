@@ -48,6 +48,7 @@ struct alignas(64) Tile {
   Row row[kRows];
   KeyRange keys[kRows];
   int rows;
+  bool whole = false;  // every row sees all keys of the KV tile at hand
 };
 
 Tile& my_tile() {
@@ -168,7 +169,7 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
   if constexpr (Variant::kSoftmax) {
     for (int j = lo; j < hi; ++j) s[j] *= kLog2e;
   }
-  if (int j = std::max(lo, Variant::seen_before(args, t.row[i]) - begin); j < hi) {
+  if (int j = std::max(lo, Variant::seen_before(args, t.row[i]) - begin); j < hi && !t.whole) {
     const auto mask = Variant::mask(args, t.row[i]);
     for (; j < hi; ++j) {
       if (!mask.sees(begin + j)) s[j] = kHidden<Variant>;
@@ -229,7 +230,9 @@ void attend_listed(const AttentionParams& p, const Args& args, const WorkItem& w
   int64_t line = tile_line(w.request, rows_before, kRows, w.row_begin / kRows);
   const int32_t* tiles = p.tile_list + line * p.tile_list_width;
   for (int32_t n = w.kv_begin / kKeys; n < w.kv_end / kKeys; ++n) {
-    int32_t origin = tiles[n] * kKeys;
+    const ListedTile listed{tiles[n]};
+    const int32_t origin = listed.tile() * kKeys;
+    t.whole = listed.whole();
     int32_t begin = std::max(origin, range.begin), end = std::min(origin + kKeys, range.end);
     if (begin < end) attend_tile(p, args, w, begin, end, t);
   }

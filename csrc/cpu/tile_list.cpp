@@ -16,10 +16,12 @@ void list_row_tile(const PlanParams& p, const Args& args, int32_t request, const
   int32_t count = 0;
   for (int32_t tile = range.begin; tile < range.end; ++tile) {
     const int32_t begin = tile * p.tile_kv, end = at_most(begin + p.tile_kv, tokens.kv_len);
-    bool seen = false;
-    for (int32_t token = tokens.begin; token < tokens.end && !seen; ++token)
-      seen = sees_one<Variant>(args, tokens.row(token), begin, end, 0, 1);
-    if (seen) p.list.tiles[line * p.list.width + count++] = tile;
+    Seen seen{false, end - begin == p.tile_kv};
+    for (int32_t token = tokens.begin; token < tokens.end && !(seen.some && !seen.all); ++token) {
+      Seen of_row = seen_by<Variant>(args, tokens.row(token), begin, end, 0, 1);
+      seen = {seen.some || of_row.some, seen.all && of_row.all};
+    }
+    if (seen.some) p.list.tiles[line * p.list.width + count++] = ListedTile::of(tile, seen.all).entry;
   }
   p.list.counts[line] = count;
 }

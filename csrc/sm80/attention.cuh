@@ -115,6 +115,7 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
       if (tile == 0) q.keep();
       if (has_rows()) {
         int token = task.token_of_tile(tile) + warp_token;
+        if constexpr (kTileList) state.whole = task.whole(tile);
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
           if (kBatchInvariant && f > 0 && !has_rows(f)) continue;  // decodes are wide tiles too

@@ -16,6 +16,8 @@ struct TokenPlace {
 template <bool kList>
 struct KvTiles {
   __device__ __forceinline__ void find_list(const AttentionParams&, const WorkItem&, int) {}
+  // Whether all rows see all keys of the tile; if not known, no.
+  __device__ __forceinline__ bool whole(int) const { return false; }
   __device__ __forceinline__ int first_of(int first_token, int tile) const {
     return first_token + tile * kTileKv;
   }
@@ -30,7 +32,10 @@ struct KvTiles<true> {
     int64_t line = tile_line(item.request, rows_before, kTileQ, item.row_begin / kTileQ);
     list = p.tile_list + line * p.tile_list_width + item.kv_begin / kTileKv;
   }
-  __device__ __forceinline__ int first_of(int, int tile) const { return list[tile] * kTileKv; }
+  __device__ __forceinline__ int first_of(int, int tile) const {
+    return ListedTile{list[tile]}.tile() * kTileKv;
+  }
+  __device__ __forceinline__ bool whole(int tile) const { return ListedTile{list[tile]}.whole(); }
 };
 
 struct Task : KvTiles<kTileList> {

@@ -6,7 +6,7 @@ namespace fi::smxx {
 
 template <int kThreads>
 struct ListShared {
-  bool seen[kThreads];  // of the KV tiles of this turn
+  Seen seen[kThreads];  // of the KV tiles of this turn
   int32_t sums[kThreads / 32];
 };
 
@@ -39,14 +39,17 @@ __device__ __forceinline__ void list_row_tile(const PlanParams& p, const A& args
     const int32_t base_end = at_most(base + kThreads, range.end);
     for (int32_t tile = base + warp; tile < base_end; tile += kWarps) {
       const int32_t begin = tile * p.tile_kv, end = at_most(begin + p.tile_kv, tokens.kv_len);
-      bool seen = false;
-      for (int32_t token = tokens.begin; token < tokens.end && !seen; ++token)
-        seen = __any_sync(~0u, sees_one<Variant>(args, tokens.row(token), begin, end, lane, 32));
+      Seen seen{false, end - begin == p.tile_kv};
+      for (int32_t token = tokens.begin; token < tokens.end && !(seen.some && !seen.all); ++token) {
+        Seen of_lane = seen_by<Variant>(args, tokens.row(token), begin, end, lane, 32);
+        bool some = __any_sync(~0u, of_lane.some), all = __all_sync(~0u, of_lane.all);
+        seen = {seen.some || some, seen.all && all};
+      }
       if (lane == 0) shared.seen[tile - base] = seen;
     }
     __syncthreads();
-    const bool seen = base + tid < base_end && shared.seen[tid];
-    const unsigned votes = __ballot_sync(~0u, seen);
+    const Seen seen = base + tid < base_end ? shared.seen[tid] : Seen{false, false};
+    const unsigned votes = __ballot_sync(~0u, seen.some);
     if (lane == 0) shared.sums[warp] = __popc(votes);
     __syncthreads();
     int32_t at = count + __popc(votes & ((1u << lane) - 1));
@@ -55,7 +58,7 @@ __device__ __forceinline__ void list_row_tile(const PlanParams& p, const A& args
       if (w < warp) at += shared.sums[w];
       count += shared.sums[w];
     }
-    if (seen) tiles[at] = base + tid;
+    if (seen.some) tiles[at] = ListedTile::of(base + tid, seen.all).entry;
   }
   if (tid == 0) p.list.counts[line] = count;
 }
