@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 WINDOW = 1024  # keys of windowed variants
+DOCUMENT, PREFIX = 1024, 2048  # tokens of masked ones: of a document; that all of a request see
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Case:
     prefix: tokens, whole pages, that all requests share: their first keys. pool: tokens of one cache, from
     which every request reads random pages; 0: pages of its own. in_order: pages of a request lie one behind
     the other, as an engine with an empty pool hands them out; otherwise anywhere. variant: a name;
-    benchmarks/variants.py has its arguments.
+    benchmarks/variants.py has its arguments. skip: planned by a list of what the variant sees.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Case:
     pool: int = 0
     in_order: bool = False
     variant: str = "CAUSAL"
+    skip: bool = False
 
     @property
     def tokens(self) -> int:
@@ -52,13 +54,19 @@ class Case:
     @property
     def flops(self) -> int:
         """Two products of head_dim for each visible (query, key) pair and query head."""
-        lens = list(zip(self.q_lens, self.kv_lens, strict=True))
-        if self.variant == "FULL":
-            pairs = sum(q * kv for q, kv in lens)
-        else:
-            most = WINDOW if "WINDOW" in self.variant else max(self.kv_lens)
-            pairs = sum(int(np.minimum(np.arange(kv - q, kv) + 1, most).sum()) for q, kv in lens)
+        lens = zip(self.q_lens, self.kv_lens, strict=True)
+        pairs = sum(int(self._keys_of(np.arange(kv - q, kv), kv).sum()) for q, kv in lens)
         return 4 * pairs * self.q_heads * self.head_dim
+
+    def _keys_of(self, position: np.ndarray, kv_len: int) -> np.ndarray:
+        """How many a query token sees."""
+        if self.variant == "FULL":
+            return np.full_like(position, kv_len)
+        if "DOCUMENTS" in self.variant:
+            return position % DOCUMENT + 1
+        if "PREFIX" in self.variant:
+            return np.maximum(position + 1, min(PREFIX, kv_len))
+        return np.minimum(position + 1, WINDOW if "WINDOW" in self.variant else kv_len)
 
 
 def lengths(kind: str, requests: int, mean: int) -> tuple[int, ...]:
@@ -117,6 +125,12 @@ def _variants() -> Iterator[Case]:
     for name, variant in {**causal, **own, "own-causal": "OWN_CAUSAL"}.items():
         case = _prefill(f"variant-4x8192-{name}", 4, "constant", 8192, variant=variant)
         yield replace(case, suite="variants")
+    masked = {"documents": "OWN_DOCUMENTS", "prefix": "OWN_PREFIX", "causal": "CAUSAL"}
+    for name, variant in masked.items():  # "hidden": what a mask hides is loaded all the same
+        case = _prefill(f"variant-4x8192-{name}-skip", 4, "constant", 8192, variant=variant, skip=True)
+        yield replace(case, suite="variants")
+        if variant != "CAUSAL":
+            yield replace(case, suite="variants", id=f"variant-4x8192-{name}-hidden", skip=False)
     for n in (1024, 2048, 4096, 8192, 16384):
         for name, variant in causal.items():
             shape = {"q_heads": 16, "kv_heads": 16, "variant": variant}

@@ -82,8 +82,10 @@ def relative_error(data: Data, out: torch.Tensor, rows: int = 64) -> float:
     """|out - reference| / |reference| over random (token, query head) rows; the reference is float64.
 
     Of a variant other than CAUSAL all heads of an eighth as many tokens: its functions may ask for the head.
+    Where tokens see later ones, beside a token all that follow it: so it keeps its position.
     """
-    case, one_head = data.case, data.case.variant == "CAUSAL"
+    case, ahead = data.case, "PREFIX" in data.case.variant
+    one_head = ahead or case.variant == "CAUSAL"
     variant, arguments = with_arguments(case, data.q.device)
     rng = torch.Generator().manual_seed(1)
     error = norm = 0.0
@@ -93,13 +95,15 @@ def relative_error(data: Data, out: torch.Tensor, rows: int = 64) -> float:
         head = int(torch.randint(case.q_heads, (), generator=rng))
         kv_head = head // (case.q_heads // case.kv_heads)
         heads, kv_heads = (slice(h, h + 1) if one_head else slice(None) for h in (head, kv_head))
-        visible = case.kv_lens[r] - (0 if case.variant == "FULL" else case.q_lens[r] - t - 1)
+        following = case.q_lens[r] - t - 1
+        visible = case.kv_lens[r] - (0 if ahead or case.variant == "FULL" else following)
         used = data.block_table[r, : -(-visible // case.page_size)].long()
         k, v = (cache[:, :, kv_heads][used].flatten(0, 1)[:visible] for cache in (data.k, data.v))
         row = int(data.qo_indptr[r]) + t
-        q, found = (x[row : row + 1, heads] for x in (data.q, out))
+        q, found = data.q[row : row + 1 + (following if ahead else 0), heads], out[row : row + 1, heads]
         scale = case.head_dim**-0.5
         wanted, _ = eager.attend(q, k, v, variant, arguments, scale, torch.float64, r)
+        wanted = wanted[:1]
         error += float((found.double() - wanted).square().sum())
         norm += float(wanted.square().sum())
     return (error / norm) ** 0.5

@@ -23,6 +23,7 @@ class Unsupported(Exception):
 class Prepared:
     plan: Callable[[], object]  # once per step
     run: Callable[[], torch.Tensor]  # once per layer; returns out [tokens, q_heads, D]; needs a plan
+    list_tiles: Callable[[], object] | None = None  # of plans that skip: the first part of plan
 
     def plan_and_run(self) -> torch.Tensor:
         self.plan()
@@ -51,13 +52,16 @@ def fi(data: Data) -> Prepared:
         max_requests=len(case.q_lens),
         max_tokens=case.tokens,
         max_kv_len=max(case.kv_lens),
-        causal=CAUSAL in variant,
-        window=arguments.get("window"),
+        causal=None if case.skip else CAUSAL in variant,
+        window=None if case.skip else arguments.get("window"),
+        skip=variant if case.skip else None,
         device=data.q.device,
     )
     kv = fi_backend.KVCache.separate(data.k, data.v, "NHD")
-    plan = planner.plan(batch)
+    of_skip = arguments if case.skip else {}
+    plan = planner.plan(batch, **of_skip)
     return Prepared(
-        lambda: planner.plan(batch),
+        lambda: planner.plan(batch, **of_skip),
         lambda: fi_backend.run(plan, data.q, kv, data.out, variant=variant, **arguments),
+        (lambda: planner.list_tiles(batch, "device", of_skip)) if case.skip else None,
     )

@@ -42,6 +42,9 @@ def measure(case: Case, name: str, device: torch.device) -> Row:
         return row | rounded(layer_us(prepared.run, case.tokens, qkv, device)) | {"rel_err": shortened(error)}
     # chosen anew in every step: planned anew, too
     spread = device_us(prepared.plan_and_run if case.suite == "sparse" else prepared.run, device)
+    if prepared.list_tiles is not None:
+        row["list_us"] = round(device_us(prepared.list_tiles, device).us, 2)
+        row["list_and_plan_us"] = round(device_us(prepared.plan, device).us, 2)
     return row | {
         **rounded(spread),
         "tb_s": round(case.bytes / spread.us / 1e6, 3),

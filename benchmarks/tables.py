@@ -63,6 +63,8 @@ def _kernels(rows: list[Row], has_goals: bool) -> Iterator[Cells]:
             "ours, us": f"{us:.1f}",
             "p10 to p90": f"{ours['us_p10']:.1f} to {ours['us_p90']:.1f}" if "us_p10" in ours else "",
             "on the GPU, us": f"{ours['gpu_us']:.1f}" if "gpu_us" in ours else "",
+            "list, us": f"{ours['list_us']:.1f}" if "list_us" in ours else "",
+            "list and plan, us": f"{ours['list_and_plan_us']:.1f}" if "list_us" in ours else "",
             "rate": _rate(ours) if timed else "",
             "error": f"{ours['rel_err']:.1e}" if timed else "",
             **{f"{p.replace('_', ' ')}, us": f"{found[p]['us']:.1f}" if p in found else "" for p in peers},

@@ -9,7 +9,7 @@ import torch
 from fi_backend.rope import rope_turns
 from fi_backend.variants import Argument, Variant, define, parse
 
-from .cases import WINDOW, Case
+from .cases import DOCUMENT, PREFIX, WINDOW, Case
 
 SOFT_CAP = 2.0  # bends logits of random queries and keys
 OWN = (
@@ -17,6 +17,12 @@ OWN = (
     define("OWN_WINDOW", Argument("length", "int", at_least=1), keys=("q_pos - length + 1", "q_pos + 1")),
     define("OWN_SOFT_CAP", Argument("cap", "float"), logits="cap * tanh(x / cap)"),
     define("OWN_ALIBI", Argument("slopes", "tensor"), logits="x + slopes[q_head] * (kv_pos - q_pos)"),
+    define(
+        "OWN_DOCUMENTS",
+        Argument("document", "int", at_least=1),
+        mask="q_pos // document == kv_pos // document and kv_pos <= q_pos",
+    ),
+    define("OWN_PREFIX", Argument("prefix", "int"), mask="kv_pos <= q_pos or kv_pos < prefix"),
     define("OWN_SIGMOID", Argument("bias", "float"), weights="1 / (1 + exp(-x - bias))"),
 )
 
@@ -32,6 +38,8 @@ def with_arguments(case: Case, device: torch.device) -> tuple[Variant, dict[str,
     variant = parse(case.variant)
     bias = -float(torch.tensor(max(case.kv_lens)).log())
     known = {
+        "document": DOCUMENT,
+        "prefix": PREFIX,
         **dict.fromkeys(("window", "length"), WINDOW),
         **dict.fromkeys(("soft_cap", "cap"), SOFT_CAP),
         **dict.fromkeys(("alibi_slopes", "slopes"), slopes(case, device)),

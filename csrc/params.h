@@ -20,11 +20,11 @@ struct WorkItem {
   int32_t row_begin;  // first packed row of the tile, counted from the request's first row
   int32_t kv_head;
   int32_t
-      kv_begin;  // KV tokens [kv_begin, kv_end), multiples of tile_kv; clamped to the true kv_len when read
-  int32_t kv_end;
-  int32_t slot;   // partial state to write, -1: the tile was not split, write the output directly
-  int32_t flags;  // ItemFlag
-  int32_t level;  // composable formats; 0 for a single format
+      kv_begin;  // KV tokens [kv_begin, kv_end), multiples of tile_kv; clamped to the true kv_len when read.
+  int32_t kv_end;  // Plans with a TileList: places in the row tile's list, times tile_kv
+  int32_t slot;    // partial state to write, -1: the tile was not split, write the output directly
+  int32_t flags;   // ItemFlag
+  int32_t level;   // composable formats; 0 for a single format
 };
 enum ItemFlag : int32_t {
   kWideTile = 1,    // tile_q_wide rows; otherwise tile_q_narrow
@@ -96,8 +96,10 @@ struct AttentionParams {
   float scale;                                              // natural units: logit = scale * q.k
   alignas(8) unsigned char variant_args[kMaxVariantBytes];  // the generated struct Args
   // [items + merges, 2] begin and end of each, nanoseconds of one clock; read in builds with kProfile alone,
-  // otherwise null. Last: kernels find the other fields by their offsets.
+  // otherwise null. It and what follows come last: kernels find the other fields by their offsets.
   uint64_t* profile;
+  const int32_t* tile_list;  // TileList::tiles; read in builds with kTileList alone, otherwise null
+  int32_t tile_list_width;
 };
 
 // KV append: token i goes to slot_mapping[i] (= page * page_size + offset); negative: skipped.
@@ -115,6 +117,14 @@ struct AppendParams {
 
 struct Costs {  // see cost.h
   int32_t narrow_item, narrow, wide_item, wide;
+};
+
+// The KV tiles that a row of a row tile sees, for plans that leave out the others. Which line a row tile has:
+// tile_line() in tiles.h. Tile numbers are of the request's keys.
+struct TileList {
+  int32_t* counts;       // [lines] null: the plan has no list
+  int32_t* tiles;        // [lines, width] ascending ListedTiles, as many as the line counts
+  int32_t lines, width;  // capacities
 };
 
 // Input and output of a planner, host or device. All output pointers lie in the plan buffer.
@@ -145,6 +155,13 @@ struct PlanParams {
   int32_t* segment_tile;     // [max_segments] row tile in its request, or chunk of a chunked one
   int32_t* chunk_slot;       // [max_segments] slot in KV head 0, -1: not chunked; null unless chunk_tiles > 0
   int32_t* chunk_merge;      // [max_segments] merge in KV head 0, likewise
+  TileList list;             // written before the planner runs
+};
+
+// Input of a tile lister: where its planner's list lies, and what the mask is asked with.
+struct ListParams {
+  PlanParams plan;
+  alignas(8) unsigned char variant_args[kMaxVariantBytes];
 };
 
 }  // namespace fi

@@ -75,10 +75,30 @@ FI_HD Rows rows_of(const PlanParams& p, int32_t request) {
   return {int32_t(at_most(tokens, INT32_MAX)), kv_len, rows, rows > p.tile_q_narrow};
 }
 
-// KV tiles that any row from row_begin to row_last may see, widened to whole tiles.
+FI_HD int32_t row_tiles(const PlanParams& p, const Rows& r) {
+  return r.wide ? ceil_div32(r.rows, p.tile_q_wide) : r.rows > 0;
+}
+
+// In p.list; lengths read on the device may lead past its end.
+FI_HD int64_t line_of(const PlanParams& p, int32_t request, int32_t index) {
+  int64_t before = (int64_t(p.qo_indptr[request]) - p.qo_indptr[0]) * p.group;
+  return tile_line(request, int32_t(at_most(at_least(before, 0), INT32_MAX)), p.tile_q_wide, index);
+}
+
+FI_HD bool fits_list(const PlanParams& p, int32_t request, const Rows& r) {
+  return ceil_div32(r.kv_len, p.tile_kv) <= p.list.width &&
+         line_of(p, request, row_tiles(p, r) - 1) < p.list.lines;
+}
+
+// KV tiles that any row from row_begin to row_last may see, widened to whole tiles. With a list those are its
+// first, second, ...: a segment begins with number 0.
 FI_HD Segment row_tile(const PlanParams& p, int32_t request, const Rows& r, int32_t index) {
   int32_t width = r.wide ? p.tile_q_wide : p.tile_q_narrow;
   int32_t row_begin = index * width, row_last = row_begin + at_most(width, r.rows - row_begin) - 1;
+  if (p.list.counts) {
+    int64_t line = line_of(p, request, index);
+    return {request, row_begin, 0, line < p.list.lines ? p.list.counts[line] : 0, r.wide, 0, 1};
+  }
   int32_t position = r.kv_len - r.tokens;  // of the request's first query token
   int32_t tile_begin = 0, high = r.kv_len;
   if (p.window > 0) {
@@ -106,7 +126,8 @@ FI_HD Segment chunk_of(const PlanParams& p, Segment tile, int32_t chunk) {
 FI_HD int32_t segment_count(const PlanParams& p, int32_t request) {
   Rows r = rows_of(p, request);
   if (r.rows == 0) return 0;
-  if (r.wide) return ceil_div32(r.rows, p.tile_q_wide);
+  if (p.list.counts && !fits_list(p, request, r)) return INT32_MAX;  // more than fit: the plan is empty
+  if (r.wide) return row_tiles(p, r);
   return chunk_of(p, row_tile(p, request, r, 0), 0).chunks;
 }
 

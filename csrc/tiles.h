@@ -33,4 +33,24 @@ FI_HD constexpr Tiles tiles_for(int room, int arch, int head_dim_qk, int head_di
   return {128, 16, 64, small_smem ? 1 : 2};
 }
 
+// Lines of a TileList. Each row tile has one of its own, found without a sum over the requests before: a
+// request skips at most what its last, half full tile leaves. rows_before: packed rows of the requests
+// before. index: of the row tile in its request.
+FI_HD int64_t tile_line(int32_t request, int32_t rows_before, int32_t q_wide, int32_t index) {
+  return int64_t(request) + rows_before / q_wide + index;
+}
+FI_HD constexpr int64_t tile_lines(int64_t requests, int64_t rows, int64_t q_wide) {
+  return requests + rows / q_wide;
+}
+
+// An entry of a TileList: 2 * KV tile + whether every row of the row tile sees all of the tile's keys, so
+// that the mask need not be asked.
+struct ListedTile {
+  int32_t entry;
+
+  FI_HD static ListedTile of(int32_t tile, bool whole) { return {2 * tile + whole}; }
+  FI_HD int32_t tile() const { return entry >> 1; }
+  FI_HD bool whole() const { return entry & 1; }
+};
+
 }  // namespace fi

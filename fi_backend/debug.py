@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .formats import BlockSparse
-from .variants import Variant
+from .variants import PACKED_MASK, Variant
 
 _FAULT_BYTES = 32  # sizeof(fi::Fault)
 
@@ -101,6 +101,14 @@ def check_slots(slot_mapping: torch.Tensor, slots: int) -> None:
     """Raises ValueError if a slot lies past the cache."""
     if slot_mapping.numel() and not capturing(slot_mapping) and (top := int(slot_mapping.max())) >= slots:
         raise ValueError(f"expected slots below {slots} (pages x page_size), got {top}")
+
+
+def check_tensors(variant: Variant, args: Mapping[str, Any], batch: BlockSparse) -> None:
+    """Raises ValueError for tensor arguments that lack elements for the batch's lengths."""
+    for name in variant.per_key:
+        check_positions(batch, name, args[name].shape[1])
+    if PACKED_MASK in variant:
+        check_packed_mask(batch, args["packed_mask"], args["mask_indptr"])
 
 
 def check_positions(batch: BlockSparse, name: str, positions: int) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from . import custom_ops, env, jit
+from . import custom_ops, debug, env, jit
 from .formats import BlockSparse
+from .variants import Variant, check_requests
 
 if TYPE_CHECKING:
     from .measure import Times
@@ -95,6 +96,8 @@ class _Layout(NamedTuple):
     max_slots: int
     max_merges: int
     max_slices: int
+    list_lines: int
+    list_width: int
     worker_indptr: int
     merges: int
     segment_start: int
@@ -103,6 +106,8 @@ class _Layout(NamedTuple):
     chunk_slot: int
     chunk_merge: int
     items: int
+    list_counts: int
+    list_tiles: int
     bytes: int
 
 
@@ -133,10 +138,16 @@ class Planner:
     joined chunk by chunk, and requests of more than q_narrow rows are not split.
 
     max_requests and max_tokens (query tokens of a batch) are capacities; max_tokens * (q_heads / kv_heads)^2
-    must be below 2^32. max_kv_len is needed when batch_invariant, otherwise it only bounds what the host
-    planner accepts. window: keys (q - window, q] are planned for, None for all. workspace: any contiguous
-    tensor of at least workspace_bytes on the device, for the partial states of split tiles, or a function
-    (device, workspace_bytes) that returns one; planners whose attention never overlaps may share one.
+    must be below 2^32. max_kv_len is needed when batch_invariant or with skip, otherwise it only bounds what
+    the host planner accepts. causal, by default True: keys after a row are not planned for. window: keys
+    (q - window, q] are planned for, None for all. workspace: any contiguous tensor of at least
+    workspace_bytes on the device, for the partial states of split tiles, or a function (device,
+    workspace_bytes) that returns one; planners whose attention never overlaps may share one.
+
+    skip: a variant of masks and ranges of keys, the same for all heads. KV tiles of which no row of a row
+    tile sees a key are neither planned for nor loaded, and `plan` takes the variant's arguments. In place of
+    causal and window; lengths must be exact when planned; the plan runs with variants that have all of skip.
+
     Raises ValueError for numbers that make no sense or do not fit.
     """
 
@@ -150,8 +161,9 @@ class Planner:
         max_requests: int,
         max_tokens: int,
         max_kv_len: int | None = None,
-        causal: bool = True,
+        causal: bool | None = None,
         window: int | None = None,
+        skip: Variant | None = None,
         batch_invariant: bool = False,
         device: torch.device | str,
         tiles: Tiles | None = None,
@@ -168,11 +180,14 @@ class Planner:
             raise ValueError(f"expected window of at least 1 token, or None, got {window}")
         if max_kv_len is not None and max_kv_len < 1:
             raise ValueError(f"expected max_kv_len of at least 1 token, or None, got {max_kv_len}")
+        if skip is not None:
+            _check_skip(skip, causal, window)
         self.q_heads, self.kv_heads, self.group = q_heads, kv_heads, q_heads // kv_heads
         self.head_dim_qk, self.head_dim_vo = head_dim, head_dim if head_dim_vo is None else head_dim_vo
         jit.check_head_dims(jit.arch_of(device), self.head_dim_qk, self.head_dim_vo)
         self.max_requests, self.max_tokens, self.max_kv_len = max_requests, max_tokens, max_kv_len
-        self.causal, self.window, self.batch_invariant = causal, window, batch_invariant
+        self.causal = skip is None if causal is None else causal
+        self.window, self.skip, self.batch_invariant = window, skip, batch_invariant
         self.device = device
         self.tiles = tiles or Tiles.for_device(device, self.head_dim_qk, self.head_dim_vo, batch_invariant)
         self._core: Any = jit.core()
@@ -185,16 +200,20 @@ class Planner:
                 self.tiles.q_narrow,
                 self.tiles.kv,
                 self.tiles.room,
-                int(causal),
+                int(self.causal),
                 window or 0,
                 cost_model().chunk_tiles if batch_invariant else 0,
                 max_requests,
                 max_tokens,
                 max_kv_len or 0,
+                int(skip is not None),
             )
         )
         self.layout = _Layout(*self._core.plan_layout(self._config))
         self._smxx = jit.smxx(jit.arch_of(device)) if device.type == "cuda" else None
+        self._lister = None if skip is None else jit.tile_lister(jit.arch_of(device), skip)
+        self._skipped_with: dict[str, Any] = {}  # the numbers among skip's arguments, and ...
+        self._exact: tuple[torch.Tensor, ...] = ()  # ... lengths of the last plan, where run can compare them
         self._ring: _StagingRing | None = None
         self.planned: BlockSparse | None = None  # whose lengths the buffers hold
         self._debug = env.debug()
@@ -207,6 +226,8 @@ class Planner:
         self.items = self._view(self.layout.items, (self.layout.max_items, _ITEM_INTS))
         self.merges = self._view(self.layout.merges, (self.layout.max_merges, _ITEM_INTS))
         self.partial_o, self.partial_lse, self.partial_sum = self._partials(workspace)
+        self.list_counts = self._view(self.layout.list_counts, (self.layout.list_lines,))
+        self.tile_list = self._view(self.layout.list_tiles, (self.layout.list_lines, self.layout.list_width))
 
     @property
     def plan_bytes(self) -> int:
@@ -273,22 +294,31 @@ class Planner:
         on: str = "device",
         qo_indptr_cpu: torch.Tensor | None = None,
         kv_len_cpu: torch.Tensor | None = None,
+        **skip_args: Any,
     ) -> Plan:
         """Plans this batch, into the same buffers as the last plan.
 
         on="device": where the batch's own lengths lie; on a GPU without synchronising, on the current stream,
         and capturable. on="host": from qo_indptr_cpu [R + 1] and kv_len_cpu [R] int32, copied to the GPU on
         the current stream. kv_len may be an upper bound of the true length, qo_indptr must be exact.
+
+        skip_args: the arguments of the planner's skip, which `run` must be given too: numbers are compared,
+        tensors must hold the same. With skip kv_len must be exact, because masks count from a row's position
+        (compared by `run` on a CPU, and with FI_DEBUG=1), and on="device".
+
         Raises ValueError or TypeError for lengths of the wrong shape, dtype or device, and, where they are
         read on the host, for lengths beyond the capacities. On a GPU those give an empty plan: Plan.check.
         """
         if on not in ("device", "host"):
             raise ValueError(f'expected on="device" or on="host", got {on!r}')
+        if self._smxx is not None and torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device):
+                lengths = {"qo_indptr_cpu": qo_indptr_cpu, "kv_len_cpu": kv_len_cpu}
+                return self.plan(batch, on=on, **lengths, **skip_args)
+        if self.skip is not None or skip_args:
+            self.list_tiles(batch, on, skip_args)
         if self._smxx is None:
             self._core.plan_host(self._config, self._buffer, batch.qo_indptr, batch.kv_len)
-        elif torch.cuda.current_device() != self.device.index:
-            with torch.cuda.device(self.device):
-                return self.plan(batch, on=on, qo_indptr_cpu=qo_indptr_cpu, kv_len_cpu=kv_len_cpu)
         elif on == "host":
             self._plan_from_host(batch, qo_indptr_cpu, kv_len_cpu)
         else:
@@ -304,6 +334,41 @@ class Planner:
             plan.check()
         return plan
 
+    def list_tiles(self, batch: BlockSparse, on: str, skip_args: dict[str, Any]) -> None:
+        """The first step of `plan`: fills list_counts and tile_list from what skip sees."""
+        if self.skip is None or self._lister is None:
+            raise ValueError(f"expected no {', '.join(skip_args)} without skip, which takes such arguments")
+        if on != "device":
+            raise ValueError(f'expected on="device" with skip, whose tensors lie there, got on={on!r}')
+        packed = self.skip.pack(skip_args, self.q_heads, self.device)
+        check_requests(self.skip, skip_args, batch.num_requests)
+        if self._smxx is None or self._debug:
+            debug.check_tensors(self.skip, skip_args, batch)
+        lister = self._lister
+        self._core.list_tiles(
+            self._config,
+            self._buffer,
+            batch.qo_indptr,
+            batch.kv_len,
+            lister.tile_list,
+            lister.error,
+            packed,
+        )
+        self._skipped_with = {a.name: skip_args[a.name] for a in self.skip.args if a.kind != "tensor"}
+        compared = self._smxx is None or (self._debug and not torch.cuda.is_current_stream_capturing())
+        self._exact = (batch.qo_indptr.clone(), batch.kv_len.clone()) if compared else ()
+
+    def check_skipped(self, batch: BlockSparse, variant_args: dict[str, Any]) -> None:
+        """Raises ValueError if `run` is given other numbers or lengths than the last plan, which skips."""
+        for name, planned in self._skipped_with.items():
+            if variant_args[name] != planned:
+                raise ValueError(f"expected {name} of {planned} (the plan's skip), got {variant_args[name]}")
+        for name, exact in zip(("qo_indptr", "kv_len"), self._exact, strict=False):
+            if not torch.equal(found := getattr(batch, name), exact):
+                raise ValueError(
+                    f"expected {name} as planned with skip, {exact.tolist()}, got {found.tolist()}"
+                )
+
     def _plan_from_host(
         self, batch: BlockSparse, qo_indptr: torch.Tensor | None, kv_len: torch.Tensor | None
     ) -> None:
@@ -317,6 +382,21 @@ class Planner:
             self._ring = _StagingRing(self.layout.bytes)
         used = self._core.plan_host(self._config, self._ring.acquire(), qo_indptr, kv_len)
         self._ring.send(self._buffer, used)
+
+
+def _check_skip(skip: Variant, causal: bool | None, window: int | None) -> None:
+    if not isinstance(skip, Variant):
+        raise TypeError(f"expected skip to be a Variant, got {type(skip).__name__}")
+    if causal is not None or window is not None:
+        raise ValueError(
+            f"expected skip without causal and window, which it may be made of, got {skip}, causal={causal} "
+            f"and window={window}"
+        )
+    for feature in skip.features:
+        if feature.mask is None:
+            raise ValueError(f"expected skip of masks and ranges of keys alone, got {feature.name} in {skip}")
+        if "q_head" in feature.text:  # items of all KV heads have one list
+            raise ValueError(f"expected skip that is the same for all heads, got {feature.name}: q_head")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from . import arrays, custom_ops, debug, env, jit
 from .arrays import Array
 from .formats import KVCache
-from .variants import CAUSAL, PACKED_MASK, WINDOW, Variant
+from .variants import CAUSAL, WINDOW, Variant, check_requests
 
 if TYPE_CHECKING:
     from .plan import Plan, Planner
@@ -76,6 +76,7 @@ def bind(plan: Plan, profile: torch.Tensor | None = None) -> torch.Tensor:
         planner.head_dim_qk,
         planner.head_dim_vo,
         profile,
+        None if planner.skip is None else planner.tile_list,
     )
     plan.__dict__["_bound"] = storage  # a cache: the plan itself stays frozen
     return storage
@@ -90,12 +91,16 @@ def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtyp
         raise ValueError(
             f"expected a variant with WINDOW (the plan kept {planner.window} keys a row), got {variant}"
         )
+    if planner.skip is not None and planner.skip not in variant:
+        raise ValueError(
+            f"expected a variant with all of {planner.skip} (what it hides the plan skipped), got {variant}"
+        )
     if dtype not in jit.DTYPES:
         raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
     dims = planner.head_dim_qk, planner.head_dim_vo
     checked = runner.debug and bool(variant.tensors)
-    kind = planner.batch_invariant, runner.profile, checked
-    spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, *kind)
+    flags = planner.batch_invariant, runner.profile, planner.skip is not None, checked
+    spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, *flags)
     found = runner.executors[variant, dtype] = jit.executor(spec)
     return found
 
@@ -154,30 +159,18 @@ def run(
         raise ValueError(
             f"expected window of at most {planner.window} (the plan's), got {variant_args['window']}"
         )
-    if "tree_tokens" in variant_args:
-        needed = plan.batch.num_requests * variant_args["tree_tokens"]
-        if (found := variant_args["tree_mask"].shape[0]) < needed:
-            raise ValueError(
-                f"expected tree_mask of at least {needed} words ({plan.batch.num_requests} requests x "
-                f"tree_tokens {variant_args['tree_tokens']}), got {found}"
-            )
+    check_requests(variant, variant_args, plan.batch.num_requests)
     for arg in variant.per_dim:
         wanted = arg.elements or planner.head_dim_qk // (2 if arg.per == "pair" else 1)
         if (found := variant_args[arg.name].shape[0]) != wanted:
             raise ValueError(f"variant {variant}: expected {arg.name} of {wanted} elements, got {found}")
-    for name in variant.per_request:
-        if (found := variant_args[name].shape[0]) < plan.batch.num_requests:
-            raise ValueError(
-                f"expected {name} of at least {plan.batch.num_requests} requests (the batch's), got {found}"
-            )
     for name in variant.per_token:
         if (found := variant_args[name].shape[0]) < q.shape[0]:
             raise ValueError(f"expected {name} of at least {q.shape[0]} tokens (q's), got {found}")
     if runner.gpu is None or runner.debug:
-        for name in variant.per_key:
-            debug.check_positions(plan.batch, name, variant_args[name].shape[1])
-        if PACKED_MASK in variant:
-            debug.check_packed_mask(plan.batch, variant_args["packed_mask"], variant_args["mask_indptr"])
+        debug.check_tensors(variant, variant_args, plan.batch)
+    if planner.skip is not None:
+        planner.check_skipped(plan.batch, variant_args)
     if lse is not None and not variant.softmax:
         raise ValueError(f"expected no lse with {variant}, which has no softmax")
     if out is None:

@@ -246,6 +246,20 @@ def _slot(variant: Variant, arg: Argument, value: Any, q_heads: int, device: tor
     return number
 
 
+def check_requests(variant: Variant, args: Mapping[str, Any], requests: int) -> None:
+    """Raises ValueError if tensors that pack() took have too few elements for a batch."""
+    if "tree_tokens" in args:
+        needed = requests * args["tree_tokens"]
+        if (found := args["tree_mask"].shape[0]) < needed:
+            raise ValueError(
+                f"expected tree_mask of at least {needed} words ({requests} requests x "
+                f"tree_tokens {args['tree_tokens']}), got {found}"
+            )
+    for name in variant.per_request:
+        if (found := args[name].shape[0]) < requests:
+            raise ValueError(f"expected {name} of at least {requests} requests (the batch's), got {found}")
+
+
 def _tree_mask(
     q_pos: torch.Tensor,
     kv_pos: torch.Tensor,
@@ -493,8 +507,8 @@ def define(
     Or some of query, key, value, output: what becomes of element x, number `dim`, of a head's vector.
 
     All may use kv_len, request (index in the batch) and arguments by name; all but key and value q_pos, q_len
-    and q_token (index in q); mask, logits, weights, key and value kv_pos (among the request's keys); logits,
-    weights, query and output q_head; key and value kv_head; the last four dim. Tensor arguments have an index:
+    and q_token (index in q); mask, logits, weights, key and value kv_pos (among the request's keys);
+    logits, weights, query and output q_head; key and value kv_head; the last four dim. Tensors have an index:
     per request name[request], per token name[q_token], per key name[q_pos] and name[kv_pos], per head
     name[q_head], per dim name[dim]. A q_pos below 0, of more query tokens than keys, has the first key's
     element. fi_backend/expressions.py has the language.

@@ -51,6 +51,13 @@ PAGES = define(
     Argument("back", "tensor", dtype=torch.int64, per="request"),
     keys=("q_pos // length * length - back[request]", "q_pos + 1"),
 )
+# documents that lie one behind the other, a query token's own in part; and every so manieth key
+DOCUMENTS = define(
+    "DOCUMENTS",
+    Argument("document", "tensor", dtype=torch.int32, per="request"),
+    mask="q_pos // document[request] == kv_pos // document[request] and kv_pos <= q_pos",
+)
+STEPS = define("STEPS", Argument("stride", "int", at_least=1), mask="(q_pos - kv_pos) // 16 % stride == 0")
 # weights of either sign, which do not sum up to 1
 SHARES = define(
     "SHARES",

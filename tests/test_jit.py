@@ -65,6 +65,13 @@ def test_debug_builds_are_their_own() -> None:
     assert jit.library(normal).name + "-debug" == jit.library(debug).name
 
 
+def test_builds_for_tile_lists_are_their_own() -> None:
+    normal, listed = (jit.Spec(0, "f32", 8, 8, CAUSAL, tile_list=t) for t in (False, True))
+    assert "kTileList = false" in normal.header() and "kTileList = true" in listed.header()
+    assert jit.library(normal).name + "-listed" == jit.library(listed).name
+    assert jit.tile_lister_library(0, CAUSAL).name == "cpu-tiles-causal"
+
+
 @pytest.mark.parametrize(
     ("make_it", "message"),
     [

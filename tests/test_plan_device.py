@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +15,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plans import Setup, arrays, batch_of, setups
+from test_skip import SKIPS, arguments, skipping
 
 from fi_backend import jit
-from fi_backend.plan import Planner
+from fi_backend.plan import Plan, Planner
+from fi_backend.variants import CAUSAL, TREE, Variant
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +27,30 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return emulated.library("plan.cpp", tmp_path_factory.mktemp("emulate"), jit.csrc())
 
 
-def plan_as_device(emulator: ctypes.CDLL, planner: Planner, batch: Any, seed: int) -> None:
+@pytest.fixture(scope="module")
+def listers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant], ctypes.CDLL]:
+    @functools.cache
+    def lister(variant: Variant) -> ctypes.CDLL:
+        folder = tmp_path_factory.mktemp("emulate")
+        (folder / "fi_spec.h").write_text(jit.tile_lister_library(90, variant).header)
+        return emulated.library("tile_list.cpp", folder, folder, jit.csrc())
+
+    return lister
+
+
+def plan_as_device(
+    emulator: ctypes.CDLL,
+    planner: Planner,
+    batch: Any,
+    seed: int,
+    lister: ctypes.CDLL | None = None,
+    **args: Any,
+) -> None:
+    if lister is not None:
+        lister.set_seed(seed)
+        found = emulated.address(lister.fi_tile_list), emulated.address(lister.fi_error)
+        planner._lister = jit.TileLister(*found)
+        planner.list_tiles(batch, "device", args)
     emulator.set_seed(seed)
     function, error = emulated.address(emulator.fi_plan), emulated.address(emulator.fi_error)
     jit.core().plan_device(planner._config, planner._buffer, batch.qo_indptr, batch.kv_len, function, error)
@@ -95,3 +122,46 @@ def test_nonsense_on_the_device_counts_as_nothing(emulator: ctypes.CDLL) -> None
     plan_as_device(emulator, planner, batch, seed=0)
     plan.check()
     assert set(arrays(plan).items[:, 0]) == {0, 2}
+
+
+LISTED = [SKIPS["both"][0], CAUSAL + TREE]
+
+
+@given(setups(), st.sampled_from(LISTED), st.integers(0, 2**31), st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_same_bytes_of_lists(
+    emulator: ctypes.CDLL,
+    listers: Callable[[Variant], ctypes.CDLL],
+    s: Setup,
+    variant: Variant,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    requests = len(s.q_lens)
+    if variant is SKIPS["both"][0]:
+        _, args = arguments("both", requests, data)
+    else:
+        words = [data.draw(st.integers(-(2**63), 2**63 - 1)) for _ in range(9 * requests)]
+        args = {"tree_mask": torch.tensor(words, dtype=torch.int64), "tree_tokens": 9}
+    capacity = {"max_requests": requests + 2, "max_tokens": sum(s.q_lens) + 20}
+    host, device = skipping(s, variant, **capacity), skipping(s, variant, **capacity)
+    host._buffer.fill_(0xAB), device._buffer.fill_(0xAB)
+    host.plan(s.batch(), **args)
+    plan_as_device(emulator, device, s.batch(), seed, listers(variant), **args)
+    assert torch.equal(host._buffer, device._buffer)
+
+
+def test_lengths_beyond_the_list_leave_an_empty_plan(
+    emulator: ctypes.CDLL, listers: Callable[[Variant], ctypes.CDLL]
+) -> None:
+    """Neither more keys than the list is wide nor more tokens than it has lines."""
+    variant, s = SKIPS["both"][0], Setup((4, 1), (100, 50))
+    args = {"stride": 3, "length": 20, "back": torch.zeros(2, dtype=torch.int64)}
+    for q_lens, kv_lens in (((4, 1), (100, 105)), ((5, 40), (100, 50)), ((1, 2**30), (9, 9))):
+        planner = skipping(s, variant)
+        planner.plan(s.batch(), **args)
+        planner.list_counts.fill_(7), planner.tile_list.fill_(-7)
+        plan_as_device(emulator, planner, batch_of(q_lens, kv_lens), 0, listers(variant), **args)
+        assert planner.header[0] == 0 and planner.header[8] == 1
+        with pytest.raises(RuntimeError, match="max_kv_len 100, got a batch of more than"):
+            Plan(planner, s.batch(), s.batch()).check()

@@ -22,12 +22,13 @@ SIGMOID = ("bf16", 128, 128, "CAUSAL+SIGMOID")  # without softmax
 ROPE = ("bf16", 128, 128, "CAUSAL+ROPE")
 SQUARE = [("bf16", d, d, "CAUSAL") for d in (64, 128, 256)]
 SPECS = [
-    jit.Spec(arch, dtype, qk, vo, parse(variant), batch_invariant, profile)
+    jit.Spec(arch, dtype, qk, vo, parse(variant), *flags)
     for arch in ARCHES
-    for batch_invariant, profile, wanted in (
-        (False, False, [*COMMON, LARGEST, TREE, SIGMOID, ROPE]),
-        (True, False, SQUARE),
-        (False, True, [("bf16", 128, 128, "CAUSAL")]),
+    for *flags, wanted in (  # batch_invariant, profile, tile_list
+        (False, False, False, [*COMMON, LARGEST, TREE, SIGMOID, ROPE]),
+        (True, False, False, SQUARE),
+        (False, True, False, [("bf16", 128, 128, "CAUSAL")]),
+        (False, False, True, [TREE]),
     )
     for dtype, qk, vo, variant in wanted
 ]

@@ -14,6 +14,7 @@ from typing import Any
 import checks
 import emulated
 import pytest
+import test_skip
 from cases import Case, make
 from defined import ARGS, ARGS_CHECKED, CHECKED, inputs_of
 from grid import EVERYTHING, LONG, MIXED, SMALL
@@ -77,15 +78,21 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return build
 
 
-def check(build: Build, inputs: Any, workers: int, changes: dict[str, str] | None = None) -> None:
+def check(
+    build: Build, inputs: Any, workers: int, changes: dict[str, str] | None = None, skip: bool = False
+) -> None:
     dims = inputs.kv.head_dim_qk, inputs.kv.head_dim_vo
     tiles = Tiles(*tuple(jit.core().plan_tiles(90, 90, *dims))[:3], workers, 90)
-    planner = checks.planner_for(inputs, tiles=tiles)
+    skipping = {"causal": None, "window": None, "skip": inputs.variant} if skip else {}
+    planner = checks.planner_for(inputs, tiles=tiles, **skipping)
     # the CPU's runner, with another executor
     planner.__dict__["_runner"] = runner = make_runner(checks.planner_for(inputs))
-    spec = jit.Spec(90, "bf16", *dims, inputs.variant, debug=runner.debug)
+    spec = jit.Spec(90, "bf16", *dims, inputs.variant, tile_list=skip, debug=runner.debug)
     runner.executors[inputs.variant, inputs.q.dtype] = build(spec, changes or {})
-    plan = planner.plan(inputs.batch)
+    plan = planner.plan(inputs.batch, **(inputs.variant_args if skip else {}))
+    if skip:
+        test_skip.check_run(inputs, plan)
+        return
     checks.poison(plan)
     checks.compare(inputs, *checks.run_inputs(plan, inputs))
 
@@ -114,6 +121,22 @@ def test_an_index_out_of_range_is_named(build: Build, name: str, monkeypatch: py
     inputs.variant_args["table"] = inputs.variant_args["table"][:3]
     with pytest.raises(IndexError, match="expected indices of 0 to 2 into table of length 3, got 3"):
         check(build, inputs, 5)
+
+
+PAGES = ({}, {"page_size": 1, "table": "token"}, {"page_size": 1, "run": 300}, {"page_size": 8})
+
+
+@pytest.mark.parametrize("name", test_skip.SKIPS)
+def test_plans_that_skip(build: Build, name: str) -> None:
+    for workers, changes in zip((3, 40, 5, 12), PAGES, strict=True):
+        check(build, test_skip.inputs_of(name, dtype="bf16", **changes), workers, skip=True)
+
+
+def test_a_list_that_is_not_looked_at(build: Build) -> None:
+    inputs = test_skip.inputs_of("strided", dtype="bf16")
+    broken = {"kTileList ? task.token_of_tile(tile) + part.token : token + kTileKv": "token + kTileKv"}
+    with pytest.raises(AssertionError):
+        check(build, inputs, 3, broken, skip=True)
 
 
 CONTROLS = {

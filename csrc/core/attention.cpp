@@ -93,7 +93,7 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
           const TensorView& items, const TensorView& merges, const TensorView& partial_o,
           const TensorView& partial_lse, const Optional<TensorView>& partial_sum, int64_t partial_rows,
           int64_t worker_state, int64_t workers, int64_t kv_heads, int64_t group, int64_t head_dim_qk,
-          int64_t head_dim_vo, const Optional<TensorView>& profile) {
+          int64_t head_dim_vo, const Optional<TensorView>& profile, const Optional<TensorView>& tile_list) {
   bound = BoundPlan{};
   bound.device = header.device();
   bound.page_size = int32_t(batch.page_size);
@@ -130,6 +130,10 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
   bound.params.kv_heads = int32_t(kv_heads);
   bound.params.group = int32_t(group);
   bound.params.profile = profile.has_value() ? reinterpret_cast<uint64_t*>(data_of(*profile)) : nullptr;
+  if (tile_list.has_value()) {  // [lines, width]
+    bound.params.tile_list = reinterpret_cast<const int32_t*>(data_of(*tile_list));
+    bound.params.tile_list_width = int32_t((*tile_list).size(1));
+  }
 }
 
 void run(const BoundPlan& bound, int64_t function, int64_t error_text, const TensorView& q,

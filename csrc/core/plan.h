@@ -13,15 +13,18 @@ struct PlanConfig {
   int64_t window;       // tokens, 0: none
   int64_t chunk_tiles;  // batch invariant, 0: off
   int64_t max_requests, max_tokens;
-  int64_t max_kv_len;  // tokens, 0: unbounded (not when batch invariant)
+  int64_t max_kv_len;  // tokens, 0: unbounded (not when batch invariant or listed)
+  int64_t listed;      // 0 or 1: KV tiles are those of a TileList
 };
 
-// Capacities, and byte offsets into the plan buffer (64-byte aligned). Items come last, so that a plan made
-// on the host reaches the device in one copy that ends with its last item.
+// Capacities, and byte offsets into the plan buffer (64-byte aligned). Items come last of what a planner
+// writes, so that a plan made on the host reaches the device in one copy that ends with its last item.
 struct PlanLayout {
   int64_t max_segments, max_items, max_slots, max_merges;
-  int64_t max_slices;  // of the line: workers, times the rounds that the executor can walk
+  int64_t max_slices;              // of the line: workers, times the rounds that the executor can walk
+  int64_t list_lines, list_width;  // of the TileList, 0: none
   int64_t worker_indptr, merges, segment_start, segment_request, segment_tile, chunk_slot, chunk_merge, items;
+  int64_t list_counts, list_tiles;
   int64_t bytes;
 };
 

@@ -1,6 +1,7 @@
 // What Python's Planner calls. A configuration travels as one Shape: the fields of PlanConfig in order.
 #include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/function.h>
+#include <tvm/ffi/string.h>
 
 #include <cstring>
 #include <stdexcept>
@@ -106,6 +107,20 @@ void plan_on_device(const Shape& numbers, TensorView buffer, TensorView qo_indpt
   call_library(function, error_text, p, buffer.device(), "planner");
 }
 
+// Fills the plan buffer's TileList, which the planner then reads. function, error_text: addresses in a tile
+// lister for the buffer's device. It leaves out lengths beyond the capacities, which the planner finds.
+void list_tiles(const Shape& numbers, TensorView buffer, TensorView qo_indptr, TensorView kv_len,
+                int64_t function, int64_t error_text, tvm::ffi::Bytes variant_args) {
+  PlanConfig config = config_of(numbers);
+  PlanLayout layout = as_value_error([&] { return plan_layout(config); });
+  ListParams p{params_of(config, layout, buffer, qo_indptr, kv_len), {}};
+  FI_REQUIRE(variant_args.size() <= kMaxVariantBytes, ValueError)
+      << "expected at most " << kMaxVariantBytes << " bytes of variant arguments, got "
+      << variant_args.size();
+  std::memcpy(p.variant_args, variant_args.data(), variant_args.size());
+  call_library(function, error_text, p, buffer.device(), "tile lister");
+}
+
 Shape tiles_of(int64_t room, int64_t arch, int64_t head_dim_qk, int64_t head_dim_vo) {
   Tiles t = tiles_for(int(room), int(arch), int(head_dim_qk), int(head_dim_vo));
   return {t.q_wide, t.q_narrow, t.kv, t.ctas_per_sm, kMaxWorkers};
@@ -124,5 +139,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_cost_model, cost_model);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_layout, layout_of);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_host, plan_on_host);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_device, plan_on_device);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(list_tiles, list_tiles);
 
 }  // namespace fi::core

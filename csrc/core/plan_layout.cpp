@@ -37,6 +37,10 @@ void check_config(const PlanConfig& c) {
   require_between("max_tokens", c.max_tokens, 1, kAny);
   require_between("max_kv_len", c.max_kv_len, 0, kMaxKvLen);
   require(c.chunk_tiles == 0 || c.max_kv_len > 0, "batch_invariant=True needs max_kv_len, got none");
+  require(!c.listed || c.max_kv_len > 0, "skip needs max_kv_len, got none");
+  require(
+      !c.listed || c.chunk_tiles == 0,  // chunks lie on multiples of the keys, not of what is left of them
+      "expected batch_invariant or skip, got both");
   require(c.max_tokens * c.group <= kAny - c.tile_q_wide,  // the end of a last tile that is not full
           "expected max_tokens * group of at most ", kAny - c.tile_q_wide, ", got ", c.max_tokens, " * ",
           c.group);
@@ -84,6 +88,14 @@ PlanLayout plan_layout(const PlanConfig& c) {
   l.max_slices = max_rounds_for(int(c.room)) * c.workers;
   require_items(std::max(l.max_items, l.max_slots));
 
+  if (c.listed) {
+    l.list_lines = tile_lines(c.max_requests, c.max_tokens * c.group, c.tile_q_wide);
+    l.list_width = ceil_div(c.max_kv_len, c.tile_kv);
+    require(l.list_lines <= INT32_MAX / l.list_width, "expected skip to list fewer than 2^31 KV tiles, got ",
+            l.list_lines, " row tiles of up to ", l.list_width,
+            ": lower max_tokens, max_requests or max_kv_len");
+  }
+
   int64_t end = 0;
   auto section = [&end](int64_t bytes) {
     int64_t begin = end;
@@ -100,6 +112,8 @@ PlanLayout plan_layout(const PlanConfig& c) {
   l.chunk_slot = section(chunked * sizeof(int32_t));
   l.chunk_merge = section(chunked * sizeof(int32_t));
   l.items = section(l.max_items * sizeof(WorkItem));
+  l.list_counts = section(l.list_lines * sizeof(int32_t));
+  l.list_tiles = section(l.list_lines * l.list_width * sizeof(int32_t));
   l.bytes = end;
   return l;
 }
@@ -151,6 +165,11 @@ PlanParams plan_params(const PlanConfig& c, const PlanLayout& l, char* buffer, c
     p.chunk_merge = reinterpret_cast<int32_t*>(buffer + l.chunk_merge);
   }
   p.items = reinterpret_cast<WorkItem*>(buffer + l.items);
+  if (c.listed) {
+    p.list = {reinterpret_cast<int32_t*>(buffer + l.list_counts),
+              reinterpret_cast<int32_t*>(buffer + l.list_tiles), int32_t(l.list_lines),
+              int32_t(l.list_width)};
+  }
   return p;
 }
 

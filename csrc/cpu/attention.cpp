@@ -27,6 +27,7 @@ using spec::kBatchInvariant;
 using spec::kHeadDimQk;
 using spec::kHeadDimVo;
 using spec::kProfile;
+using spec::kTileList;
 using spec::Variant;
 
 constexpr Tiles kTiles = tiles_for(FI_ROOM, FI_ARCH, kHeadDimQk, kHeadDimVo);
@@ -47,6 +48,7 @@ struct alignas(64) Tile {
   Row row[kRows];
   KeyRange keys[kRows];
   int rows;
+  bool whole = false;  // every row sees all keys of the KV tile at hand
 };
 
 // A vector as transforms see it.
@@ -117,14 +119,20 @@ void load_rows(const AttentionParams& p, const Args& args, const WorkItem& w, Ti
   }
 }
 
-// Keys that this item covers and at least one of its rows sees. Nothing else is read: it may be poison.
-KeyRange range_of(const WorkItem& w, const Tile& t) {
+// Keys that at least one of the rows may see, and no others in between are read: they may be poison.
+KeyRange range_of_rows(const Tile& t) {
   KeyRange range{INT32_MAX, 0};
   for (int i = 0; i < t.rows; ++i) {
     if (t.keys[i].begin >= t.keys[i].end) continue;
     range.begin = std::min(range.begin, t.keys[i].begin);
     range.end = std::max(range.end, t.keys[i].end);
   }
+  return range;
+}
+
+// Those that this item covers.
+KeyRange range_of(const WorkItem& w, const Tile& t) {
+  KeyRange range = range_of_rows(t);
   // planned from an upper bound of kv_len, a window begins lower than the plan thought
   if (!(w.flags & kFirstPiece)) range.begin = std::max(range.begin, w.kv_begin);
   range.end = std::min(range.end, w.kv_end);
@@ -191,7 +199,7 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
   if constexpr (Variant::kSoftmax) {
     for (int j = lo; j < hi; ++j) s[j] *= kLog2e;
   }
-  if (int j = std::max(lo, Variant::seen_before(args, t.row[i]) - begin); j < hi) {
+  if (int j = std::max(lo, Variant::seen_before(args, t.row[i]) - begin); j < hi && !t.whole) {
     const auto mask = Variant::mask(args, t.row[i]);
     for (; j < hi; ++j) {
       if (!mask.sees(begin + j)) s[j] = kHidden<Variant>;
@@ -215,22 +223,48 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
   return state.join(reference, mass).keep;
 }
 
-void attend(const AttentionParams& p, const Args& args, const WorkItem& w, KeyRange range, Tile& t) {
+void clear(Tile& t) {
   std::fill_n(t.state, t.rows, State::of<Variant>(-INFINITY, 0.f));
   std::fill(t.o[0], t.o[pad(t.rows, 2)], 0.f);
+}
+
+// Keys [begin, end) of one KV tile.
+void attend_tile(const AttentionParams& p, const Args& args, const WorkItem& w, int32_t begin, int32_t end,
+                 Tile& t) {
+  int32_t origin = begin / kKeys * kKeys;
+  int count = end - origin;
+  load_keys(p, args, w, begin, end, t);
+  for (int i = 0; i < t.rows; i += 2) {
+    dot_rows<kPadQk, kKeys>(t.q[i], t.k[0], pad(count, 4), p.scale, t.s[0]);
+    float keep[2] = {1.f, 1.f};
+    keep[0] = softmax_row(args, origin, count, i, t, t.s[0]);
+    // the row that pads an odd count computes numbers that nobody reads
+    if (i + 1 < t.rows) keep[1] = softmax_row(args, origin, count, i + 1, t, t.s[1]);
+    add_values<kPadVo, kKeys>(t.s[0], t.v[0], pad(count, 4), keep, t.o[i]);
+  }
+}
+
+void attend(const AttentionParams& p, const Args& args, const WorkItem& w, KeyRange range, Tile& t) {
+  clear(t);
   for (int32_t begin = range.begin; begin < range.end;) {
-    int32_t origin = begin / kKeys * kKeys, end = std::min(origin + kKeys, range.end);
-    int count = end - origin;
-    load_keys(p, args, w, begin, end, t);
-    for (int i = 0; i < t.rows; i += 2) {
-      dot_rows<kPadQk, kKeys>(t.q[i], t.k[0], pad(count, 4), p.scale, t.s[0]);
-      float keep[2] = {1.f, 1.f};
-      keep[0] = softmax_row(args, origin, count, i, t, t.s[0]);
-      // the row that pads an odd count computes numbers that nobody reads
-      if (i + 1 < t.rows) keep[1] = softmax_row(args, origin, count, i + 1, t, t.s[1]);
-      add_values<kPadVo, kKeys>(t.s[0], t.v[0], pad(count, 4), keep, t.o[i]);
-    }
+    int32_t end = std::min(begin / kKeys * kKeys + kKeys, range.end);
+    attend_tile(p, args, w, begin, end, t);
     begin = end;
+  }
+}
+
+void attend_listed(const AttentionParams& p, const Args& args, const WorkItem& w, Tile& t) {
+  clear(t);
+  KeyRange range = range_of_rows(t);
+  int32_t rows_before = int32_t(first_token(p, w) - p.batch.qo_indptr[0]) * p.group;
+  int64_t line = tile_line(w.request, rows_before, kRows, w.row_begin / kRows);
+  const int32_t* tiles = p.tile_list + line * p.tile_list_width;
+  for (int32_t n = w.kv_begin / kKeys; n < w.kv_end / kKeys; ++n) {
+    const ListedTile listed{tiles[n]};
+    const int32_t origin = listed.tile() * kKeys;
+    t.whole = listed.whole();
+    int32_t begin = std::max(origin, range.begin), end = std::min(origin + kKeys, range.end);
+    if (begin < end) attend_tile(p, args, w, begin, end, t);
   }
 }
 
@@ -321,7 +355,11 @@ void run(const AttentionParams& p) {
         if constexpr (kBatchInvariant) {
           attend_in_chunks(p, args, w, worker, tile);
         } else {
-          attend(p, args, w, range_of(w, tile), tile);
+          if constexpr (kTileList) {
+            attend_listed(p, args, w, tile);
+          } else {
+            attend(p, args, w, range_of(w, tile), tile);
+          }
           store(p, args, w, tile);
         }
         ItemTimer<kProfile>::stop(p, n);

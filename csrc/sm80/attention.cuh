@@ -53,7 +53,7 @@ struct TileStream {
 
   __device__ __forceinline__ TokenPlace look_up(int t) const {
     if (thread >= kTileKv || t >= smem.task->tiles) return {-1, 0};
-    return smem.task->find(p, smem.task->first_token + t * kTileKv + thread);
+    return smem.task->find(p, smem.task->token_of_tile(t) + thread);
   }
 
   // Starts the next copy, if the tile exists; always commits, so that groups count steps.
@@ -96,8 +96,7 @@ __device__ __forceinline__ void transform_kv(const Args& args, const Smem& smem,
   if constexpr (kOfV ? Variant::kHasValue : Variant::kHasKey) {
     using Layout = std::conditional_t<kOfV, LayoutVo, LayoutQk>;
     int thread = fresh_thread_index();
-    transform_tokens<kOfV>(args, *smem.task, smem.task->first_token + tile * kTileKv, thread / 32, kWarps,
-                           thread % 32,
+    transform_tokens<kOfV>(args, *smem.task, smem.task->token_of_tile(tile), thread / 32, kWarps, thread % 32,
                            [=](int row, int chunk) { return element_at(slot + Layout::offset(row, chunk)); });
   }
 }
@@ -141,7 +140,8 @@ __device__ __forceinline__ void process(const AttentionParams& p, const Args& ar
       }
       if (tile == 0) q.keep();
       if (has_rows()) {
-        int token = task.first_token + tile * kTileKv + warp_token;
+        int token = task.token_of_tile(tile) + warp_token;
+        if constexpr (kTileList) state.whole = task.whole(tile);
 #pragma unroll
         for (int f = 0; f < kFragments; ++f) {
           if (kBatchInvariant && f > 0 && !has_rows(f)) continue;  // decodes are wide tiles too

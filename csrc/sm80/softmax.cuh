@@ -14,9 +14,10 @@ struct RowState {
   const Args& args;
   const Task& task;
   int thread;
-  KeyRange all_rows;  // keys that every row of the warp sees
-  float max[kRows];   // in units of the scores; -inf: no key yet
-  float sum[kRows];   // this thread's share of the row until finish()
+  KeyRange all_rows;   // keys that every row of the warp sees
+  bool whole = false;  // plans that skip: all rows see all keys of the tile that comes next
+  float max[kRows];    // in units of the scores; -inf: no key yet
+  float sum[kRows];    // this thread's share of the row until finish()
 
   // Row of the tile; in a narrow tile all warps have the same rows.
   __device__ __forceinline__ static int row_of(int i, int thread) {
@@ -50,6 +51,7 @@ struct RowState {
                                        int fragment, int token) {
     int first = token + thread % 4 * 2;
     bool masked = token < all_rows.begin || token + kTokens > all_rows.end;
+    if constexpr (kTileList) masked &= !whole;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // which two of a thread's four values belong to the row
       if constexpr (kTransforms<Variant>) {

@@ -129,6 +129,7 @@ struct Consumer {
         state.take(started.max, started.sum);
       } else {
         scores_alone(s, q, part, boxes);
+        if constexpr (kTileList) state.whole = task.whole(0);
         state.step<kTokens>(s, keep, token, [](float) {});
         RowState::pack<kTokens>(probabilities, s);
       }
@@ -153,7 +154,8 @@ struct Consumer {
       };
 
       for (int tile = 1; tile < task.tiles; ++tile) {
-        token += kTileKv;
+        token = kTileList ? task.token_of_tile(tile) + part.token : token + kTileKv;
+        if constexpr (kTileList) state.whole = task.whole(tile);
         advance(q, by_tma.has(tile));
         if (state.step<kTokens>(s, keep, token, output_done)) RowState::rescale(o, keep);
         RowState::pack<kTokens>(probabilities, s);
@@ -165,6 +167,7 @@ struct Consumer {
         const Task& next = smem.task(n + 1);
         advance(smem.q(n + 1), smem.box_tiles(n + 1).has(0));
         RowState next_state(p, args, next, first_row);
+        if constexpr (kTileList) next_state.whole = next.whole(0);
         next_state.step<kTokens>(s, keep, next.first_token + part.token, output_done);
         next_state.give(started.max, started.sum);
         RowState::pack<kTokens>(probabilities, s);
@@ -203,6 +206,10 @@ struct Consumer {
     int token = task.first_token + part.token;
     for (int tile = 0; tile < task.tiles; ++tile, token += kTileKv) {
       const bool boxes = by_tma.has(tile);
+      if constexpr (kTileList) {
+        token = task.token_of_tile(tile) + part.token;
+        state.whole = task.whole(tile);
+      }
       scores_alone(s, q, part, boxes);
       if (state.step<kTokens>(s, keep, token, [](float) {})) RowState::rescale(o, keep);
       RowState::pack<kTokens>(probabilities, s);

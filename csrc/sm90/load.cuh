@@ -127,6 +127,15 @@ struct PageWindow {
     next = read(base + 32);
   }
 
+  // Pages before a KV tile that is far off, in plans that skip, are not looked at.
+  __device__ __forceinline__ void skip_to(int token) {
+    int first = token >> params.page_shift;
+    if (first < base + 64) return;
+    base = first;
+    entry = read(base);
+    next = read(base + 32);
+  }
+
   // All lanes of the warp ask, for pages of one tile: fewer than 32, none before those of the last call's.
   __device__ __forceinline__ int page_of(int token) {
     int index = token >> params.page_shift;
@@ -232,7 +241,7 @@ struct KvProducer {
       const Args& args = args_of<Args>(p);
       const auto& ring = smem.ring<kOfV>();
       ring.wait_landed(n);
-      transform_tokens<kOfV>(args, task, task.first_token + t * kTileKv, warp, kWarps, lane,
+      transform_tokens<kOfV>(args, task, task.token_of_tile(t), warp, kWarps, lane,
                              [slot = ring.slot(n)](int row, int chunk) {
                                return element_at(slot + chunk_offset<kTileKv>(row, chunk));
                              });
@@ -262,8 +271,9 @@ struct KvProducer {
   }
 
   __device__ __forceinline__ Source find_tile(const Task& task, PageWindow& window, int t, bool boxes) const {
-    int token = task.first_token + t * kTileKv;
+    int token = task.token_of_tile(t);
     if (boxes) {
+      if constexpr (kTileList) window.skip_to(token);
       TokenPlace k = find_box<kLinesQk>(window, token);
       if constexpr (kLinesQk == kLinesVo) return {Way::kBoxes, {k, k}};
       return {Way::kBoxes, {k, find_box<kLinesVo>(window, token)}};

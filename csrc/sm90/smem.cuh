@@ -28,9 +28,17 @@ struct BoxTiles {
   int begin, end;
 
   __device__ __forceinline__ BoxTiles(const Params& params, const Task& task)
-      : begin(task.first_token < task.key_begin),
-        end(params.box_tokens > 0 ? (task.kv_len - task.first_token) / kTileKv : 0) {}
+      : begin(task.first_token < task.key_begin), end(params.box_tokens > 0 ? whole_tiles(task) : 0) {}
   __device__ __forceinline__ bool has(int tile) const { return tile >= begin && tile < end; }
+
+ private:
+  __device__ __forceinline__ static int whole_tiles(const Task& task) {
+    if constexpr (kTileList) {  // all but the last of the request
+      int last = task.tiles - 1;
+      return last < 0 || task.token_of_tile(last) + kTileKv > task.kv_len ? last : task.tiles;
+    }
+    return (task.kv_len - task.first_token) / kTileKv;
+  }
 };
 
 enum NamedBarrier : int {

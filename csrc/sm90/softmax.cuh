@@ -20,10 +20,11 @@ struct RowState {
   const AttentionParams& p;
   const Args& args;
   const Task* task;
-  int first_row;      // of the tile; the second row is 8 further on
-  KeyRange all_rows;  // keys that every row of the warp sees
-  float max[2];       // log2, what weights are relative to: a row's maximum or up to kSlack below
-  float sum[2];       // this thread's share of the row until finish()
+  int first_row;       // of the tile; the second row is 8 further on
+  KeyRange all_rows;   // keys that every row of the warp sees
+  bool whole = false;  // plans that skip: all rows see all keys of the tile that comes next
+  float max[2];        // log2, what weights are relative to: a row's maximum or up to kSlack below
+  float sum[2];        // this thread's share of the row until finish()
 
   __device__ __forceinline__ RowState(const AttentionParams& params, const Args& variant_args, const Task& t,
                                       int first)
@@ -158,6 +159,7 @@ struct RowState {
   template <int kTokens>
   __device__ __forceinline__ void transform(Scores<kTokens>& s, int token) {
     bool masked = token < all_rows.begin || token + kTokens > all_rows.end;
+    if constexpr (kTileList) masked &= !whole;
     int first = token + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -10,18 +10,21 @@ namespace fi::smxx {
 
 constexpr int kPlanThreads = 1024;
 
-template <bool kChunked>
+template <bool kChunked, bool kListed>
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ PlanParams params) {
   __shared__ PlanShared<kPlanThreads> shared;
-  PlanParams p = params;  // a copy, in which the compiler knows the chunks: what is not for them is left out
+  PlanParams p = params;  // a copy, of which the compiler knows the kind: what is not for it is left out
   p.chunk_tiles = kChunked ? kChunkTiles : 0;
+  if (!kListed) p.list = {};
   plan_block<kPlanThreads>(p, shared);
 }
 
 }  // namespace fi::smxx
 
 extern "C" int fi_plan(const fi::PlanParams* params, void* stream) {
-  auto kernel = params->chunk_tiles > 0 ? fi::smxx::plan_kernel<true> : fi::smxx::plan_kernel<false>;
+  auto kernel = params->chunk_tiles > 0 ? fi::smxx::plan_kernel<true, false>
+                : params->list.counts   ? fi::smxx::plan_kernel<false, true>
+                                        : fi::smxx::plan_kernel<false, false>;
   kernel<<<1, fi::smxx::kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(*params);
   return cudaGetLastError();
 }

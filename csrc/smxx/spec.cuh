@@ -19,6 +19,7 @@ using Args = spec::Args;
 using Variant = spec::Variant;
 using spec::kBatchInvariant;
 using spec::kProfile;
+using spec::kTileList;
 
 constexpr int kDimQk = spec::kHeadDimQk;
 constexpr int kDimVo = spec::kHeadDimVo;

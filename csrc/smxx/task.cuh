@@ -12,7 +12,33 @@ struct TokenPlace {
   int32_t page, offset;
 };
 
-struct Task {
+// Where the KV tiles of a piece lie: one behind the other or, in plans that skip, where a list says.
+template <bool kList>
+struct KvTiles {
+  __device__ __forceinline__ void find_list(const AttentionParams&, const WorkItem&, int) {}
+  // Whether all rows see all keys of the tile; if not known, no.
+  __device__ __forceinline__ bool whole(int) const { return false; }
+  __device__ __forceinline__ int first_of(int first_token, int tile) const {
+    return first_token + tile * kTileKv;
+  }
+};
+
+template <>
+struct KvTiles<true> {
+  const int32_t* list;  // [tiles] ascending
+
+  __device__ __forceinline__ void find_list(const AttentionParams& p, const WorkItem& item, int q_first) {
+    int rows_before = (q_first - p.batch.qo_indptr[0]) * p.group;
+    int64_t line = tile_line(item.request, rows_before, kTileQ, item.row_begin / kTileQ);
+    list = p.tile_list + line * p.tile_list_width + item.kv_begin / kTileKv;
+  }
+  __device__ __forceinline__ int first_of(int, int tile) const {
+    return ListedTile{list[tile]}.tile() * kTileKv;
+  }
+  __device__ __forceinline__ bool whole(int tile) const { return ListedTile{list[tile]}.whole(); }
+};
+
+struct Task : KvTiles<kTileList> {
   const Element *k, *v;    // of the KV head
   const int32_t* entries;  // the request's row of the page table
   int32_t request, kv_head;
@@ -52,12 +78,21 @@ struct Task {
     // Key ranges grow with the position, so the first and the last row bound the tile's.
     key_begin = Variant::keys(args, row(p, begin)).begin;
     key_end = Variant::keys(args, row(p, end - 1)).end;
+    if constexpr (kTileList) {
+      find_list(p, item, q_first);
+      tiles = (item.kv_end - item.kv_begin) / kTileKv;
+      first_token = tiles > 0 ? token_of_tile(0) : 0;
+      return;
+    }
     first_token = key_begin / kTileKv * kTileKv;
     if (!(item.flags & kFirstPiece)) first_token = max(first_token, item.kv_begin);
     last = min(key_end, item.kv_end);
     first_chunk = 1;
     set_tiles();
   }
+
+  // The first token of a KV tile of the piece.
+  __device__ __forceinline__ int token_of_tile(int tile) const { return first_of(first_token, tile); }
 
   __device__ __forceinline__ void set_tiles() {
     int stop = last;

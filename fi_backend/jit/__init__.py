@@ -49,8 +49,8 @@ class Spec:
     """One executor build. arch: 0 for the CPU, else 80, 86, ...; dtype: "bf16", "f16", "f32" (CPU only).
 
     batch_invariant: for plans of a batch invariant planner, and for no others. profile: writes down when each
-    item and merge begins and ends; for `measure`. debug: finds tensor arguments indexed out of range; takes
-    them as `debug.Arguments` has them.
+    item and merge begins and ends; for `measure`. tile_list: for plans that skip, and for no others. debug:
+    finds tensor arguments indexed out of range; takes them as `debug.Arguments` has them.
     """
 
     arch: int
@@ -60,6 +60,7 @@ class Spec:
     variant: Variant
     batch_invariant: bool = False
     profile: bool = False
+    tile_list: bool = False
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -78,32 +79,42 @@ class Spec:
 
     def __str__(self) -> str:
         dims = f"{self.head_dim_qk}x{self.head_dim_vo}"
-        more = " batch invariant" * self.batch_invariant + " profile" * self.profile + " debug" * self.debug
+        more = " batch invariant" * self.batch_invariant + " profile" * self.profile
+        more += " tile list" * self.tile_list + " debug" * self.debug
         return f"{arch_name(self.arch)} attention {self.dtype} {dims} {self.variant}{more}"
-
-    def _c_type(self, arg: Argument) -> str:
-        if arg.kind != "tensor":
-            return _C_TYPES[arg.kind]
-        element = ELEMENTS[arg.dtype]
-        data = f"fi::Checked<{element}>" if self.debug else f"const {element}*"
-        return f"fi::PerKey<{data}>" if arg.per_key else data
 
     def header(self) -> str:
         """The text of fi_spec.h: configuration only."""
-        members = "".join(f" alignas(8) {self._c_type(a)} {a.name};" for a in self.variant.args)
-        features = ", ".join(f.functor for f in self.variant.features)
-        texts = "".join(f.text for f in self.variant.features)
-        defined = f'#include "expression.h"\nnamespace fi::user {{\n{texts}}}\n' if texts else ""
         return (
             f"// {self}\n#pragma once\n#define FI_ARCH {self.arch}\n#define FI_ROOM {self.room}\n"
-            f"#define {_ELEMENTS[self.dtype]} 1\n"
-            f'#include "arguments.h"\n#include "transforms.h"\n{defined}namespace fi::spec {{\n'
+            f"#define {_ELEMENTS[self.dtype]} 1\n{_variant_text(self.variant, self.debug)}"
+            f"namespace fi::spec {{\n"
             f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
             f"constexpr bool kBatchInvariant = {str(self.batch_invariant).lower()};\n"
             f"constexpr bool kProfile = {str(self.profile).lower()};\n"
-            f"struct Args {{ static constexpr bool kDebug = {str(self.debug).lower()};{members} }};\n"
-            f"using Variant = fi::Compose<{features}>;\n}}\n"
+            f"constexpr bool kTileList = {str(self.tile_list).lower()};\n}}\n"
         )
+
+
+def _c_type(arg: Argument, debug: bool) -> str:
+    if arg.kind != "tensor":
+        return _C_TYPES[arg.kind]
+    element = ELEMENTS[arg.dtype]
+    data = f"fi::Checked<{element}>" if debug else f"const {element}*"
+    return f"fi::PerKey<{data}>" if arg.per_key else data
+
+
+def _variant_text(variant: Variant, debug: bool = False) -> str:
+    """fi::spec::Args and fi::spec::Variant."""
+    members = "".join(f" alignas(8) {_c_type(a, debug)} {a.name};" for a in variant.args)
+    features = ", ".join(f.functor for f in variant.features)
+    texts = "".join(f.text for f in variant.features)
+    defined = f'#include "expression.h"\nnamespace fi::user {{\n{texts}}}\n' if texts else ""
+    return (
+        f'#include "arguments.h"\n#include "transforms.h"\n{defined}namespace fi::spec {{\n'
+        f"struct Args {{ static constexpr bool kDebug = {str(debug).lower()};{members} }};\n"
+        f"using Variant = fi::Compose<{features}>;\n}}\n"
+    )
 
 
 _SM90_DIMS_VO = (64, 80, 96, 112, 128, 192, 256)  # widths of products in csrc/sm90/wgmma.cuh
@@ -222,21 +233,20 @@ def _core_library() -> Library:
     return Library("core", "core", ("core",), identity, "", steps)
 
 
-def _cpu_library(spec: Spec) -> Library:
+def _cpu_library(label: str, name: str, source: str, header: str) -> Library:
     flags = ["-O3", "-march=native", "-ffp-contract=fast", "-std=c++17", "-fPIC", "-Wall"]
     flags += ["-fopenmp", "-fno-gnu-unique"]
     gomp = toolchain.openmp_runtime()
 
     def steps(folder: Path) -> list[Commands]:
-        cxx, obj = env.host_compiler(), str(folder / "attention.o")
-        source = str(csrc() / "cpu" / "attention.cpp")
+        cxx, obj, file = env.host_compiler(), str(folder / "source.o"), str(csrc() / "cpu" / source)
         return [
-            [[cxx, *flags, f"-I{csrc()}", f"-I{folder}", "-c", source, "-o", obj]],
+            [[cxx, *flags, f"-I{csrc()}", f"-I{folder}", "-c", file, "-o", obj]],
             [[cxx, "-shared", "-Wl,-Bsymbolic", obj, gomp, "-o", str(folder / "lib.so")]],
         ]
 
     identity = (toolchain.host_version(), toolchain.cpu_features(), os.path.basename(gomp), *flags)
-    return Library(str(spec), _file_name(spec), ("cpu",), identity, spec.header(), steps)
+    return Library(label, name, ("cpu",), identity, header, steps)
 
 
 def _nvcc_steps(
@@ -270,12 +280,24 @@ def _smxx_library(arch: int) -> Library:
 
 def _file_name(spec: Spec) -> str:
     dims = f"{spec.head_dim_qk}x{spec.head_dim_vo}"
-    more = "-invariant" * spec.batch_invariant + "-profile" * spec.profile + "-debug" * spec.debug
+    more = "-invariant" * spec.batch_invariant + "-profile" * spec.profile
+    more += "-listed" * spec.tile_list + "-debug" * spec.debug
     return f"{arch_name(spec.arch)}-{spec.dtype}-{dims}-{spec.variant}{more}".replace("+", "_").lower()
 
 
 def library(spec: Spec) -> Library:
-    return _cpu_library(spec) if spec.arch == CPU else _gpu_library(spec)
+    if spec.arch == CPU:
+        return _cpu_library(str(spec), _file_name(spec), "attention.cpp", spec.header())
+    return _gpu_library(spec)
+
+
+def tile_lister_library(arch: int, variant: Variant) -> Library:
+    label, name = f"{arch_name(arch)} tile lister {variant}", f"{arch_name(arch)}-tiles-{variant}"
+    header, name = f"// {label}\n#pragma once\n{_variant_text(variant)}", name.replace("+", "_").lower()
+    if arch == CPU:
+        return _cpu_library(label, name, "tile_list.cpp", header)
+    identity, steps = _nvcc_steps(["smxx/tile_list.cu"], arch)
+    return Library(label, name, ("smxx",), identity, header, steps)
 
 
 @contextlib.contextmanager
@@ -389,10 +411,24 @@ class Smxx:
     error: int
 
 
+@dataclass(frozen=True)
+class TileLister:
+    """Addresses of the C functions fi_tile_list and fi_error."""
+
+    tile_list: int
+    error: int
+
+
 @functools.cache
 def executor(spec: Spec) -> Executor:
     """Builds on first use. Raises BuildError, and ValueError for a spec that no executor takes."""
     return Executor(*_addresses(library(spec), "fi_attention", "fi_error"))
+
+
+@functools.cache
+def tile_lister(arch: int, variant: Variant) -> TileLister:
+    """What writes down which KV tiles the variant sees. Builds on first use, or BuildError."""
+    return TileLister(*_addresses(tile_lister_library(arch, variant), "fi_tile_list", "fi_error"))
 
 
 @functools.cache

@@ -37,7 +37,7 @@ class Schedule:
 
     def __init__(self, plan: Plan) -> None:
         plan.check()
-        tiles = plan.planner.tiles
+        tiles, self.skips = plan.planner.tiles, plan.planner.skip is not None
         cost = cost_model(tiles.room)
         items, merges, self.slots, self.row_tiles = plan.header[:4].tolist()
         self.items = plan.items[:items].cpu().numpy()
@@ -47,6 +47,7 @@ class Schedule:
         of_slices = np.diff(plan.worker_indptr[: rounds * tiles.workers + 1].cpu().numpy())
         self.worker = np.repeat(np.tile(np.arange(tiles.workers), rounds), of_slices)
         wide = (self.items[:, 6] & 1).astype(bool)
+        self.tile_kv = tiles.kv
         kv_tiles = (self.items[:, 4] - self.items[:, 3]) // tiles.kv
         self.cost = cost.of_items(kv_tiles, wide)
         self._fixed = cost.of_items(np.zeros_like(kv_tiles), wide).sum()
@@ -103,8 +104,11 @@ class Schedule:
             request, row, head, first, end, *_ = self.merges[i - len(self.items)].tolist()
             return f"merge of {end - first} pieces: request {request}, KV head {head}, from row {row}"
         request, row, head, begin, end, slot, *_ = self.items[i].tolist()
+        keys = f"keys {begin} to {end}"
+        if self.skips:
+            keys = f"KV tiles {begin // self.tile_kv} to {end // self.tile_kv} of those it sees"
         return (
             f"{'prefill' if self.prefill[i] else 'decode'}: request {request}, KV head {head}, "
-            f"rows {row} to {row + self.rows[i]}, keys {begin} to {end}, cost {self.cost[i]}"
+            f"rows {row} to {row + self.rows[i]}, {keys}, cost {self.cost[i]}"
             f"{'' if slot < 0 else f', partial state {slot}'}"
         )

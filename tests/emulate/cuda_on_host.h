@@ -260,3 +260,4 @@ inline int atomicAdd(int* to, int value) {
   return before;
 }
 inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
