@@ -16,7 +16,7 @@ OWN = (
     define("OWN_WINDOW", Argument("length", "int", at_least=1), keys=("q_pos - length + 1", "q_pos + 1")),
     define("OWN_SOFT_CAP", Argument("cap", "float"), logits="cap * tanh(x / cap)"),
     define("OWN_ALIBI", Argument("slopes", "tensor"), logits="x + slopes[q_head] * (kv_pos - q_pos)"),
-    define("OWN_SIGMOID", Argument("bias", "float"), weights="1 / (1 + exp(-x - bias))"),
+    define("OWN_SIGMOID", Argument("bias", "float"), weights="sigmoid(x + bias)"),
 )
 
 
