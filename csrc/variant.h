@@ -272,7 +272,7 @@ struct Alibi : Feature {
   static constexpr bool kHasLogits = true;
   template <class A>
   FI_HD static Bias logits(const A& a, const Row& r) {
-    return {a.alibi_slopes[r.q_head], r.q_pos};
+    return Bias{a.alibi_slopes[r.q_head], r.q_pos};
   }
 };
 
@@ -323,7 +323,7 @@ struct Sigmoid : Feature {
   static constexpr bool kSoftmax = false;
   template <class A>
   FI_HD static Weight weights(const A& a, const Row&) {
-    return {a.sigmoid_bias};
+    return Weight{a.sigmoid_bias};
   }
 };
 
