@@ -23,7 +23,7 @@ OWN = (
         mask="q_pos // document == kv_pos // document and kv_pos <= q_pos",
     ),
     define("OWN_PREFIX", Argument("prefix", "int"), mask="kv_pos <= q_pos or kv_pos < prefix"),
-    define("OWN_SIGMOID", Argument("bias", "float"), weights="1 / (1 + exp(-x - bias))"),
+    define("OWN_SIGMOID", Argument("bias", "float"), weights="sigmoid(x + bias)"),
 )
 
 

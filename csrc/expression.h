@@ -23,13 +23,13 @@ FI_HD Distance number(Position p) { return p.distance(); }
 #if defined(__CUDA_ARCH__)
 FI_HD float quotient(float a, float b) { return __fdividef(a, b); }
 FI_HD Logit quotient(Logit a, float b) { return a * __fdividef(1.f, b); }
-FI_HD float exp(float x) { return __expf(x); }
+FI_HD float exp(float x) { return exp2_on_gpu(x * kLog2e); }
 FI_HD float log(float x) { return __logf(x); }
 FI_HD float sqrt(float x) { return __fsqrt_rn(x); }
 // at the ends exp is 0 or inf
 template <class X>
 FI_HD float tanh(X x) {
-  return 1.f - __fdividef(2.f, 1.f + __expf(2.f * x));
+  return 1.f - 2.f * inverse_on_gpu(1.f + exp2_on_gpu(x * (2.f * kLog2e)));
 }
 #else
 FI_HD float quotient(float a, float b) { return a / b; }
@@ -38,5 +38,9 @@ FI_HD float log(float x) { return logf(x); }
 FI_HD float sqrt(float x) { return sqrtf(x); }
 FI_HD float tanh(float x) { return tanhf(x); }
 #endif
+template <class X>
+FI_HD float sigmoid(X x) {
+  return fi::sigmoid(x);
+}
 
 }  // namespace fi::expression

@@ -5,8 +5,13 @@
 // scaled. Compose<F...> joins features: key ranges intersect, a key must be seen by all, logits transforms
 // apply left to right, at most one sink or function of weights.
 //
-// Executors pass logits as Logit and positions as Position; a functor may take float and int32_t instead.
+// mask(), logits() and weights() read what a row needs and return an object that is asked for each key: what
+// is looked up there, executors look up before they wait for the logits. It holds values, not the row's
+// address. Executors pass logits as Logit and positions as Position; an object may take float and int32_t
+// instead.
 #pragma once
+#include <string.h>
+
 #include <type_traits>
 
 #include "vector.h"
@@ -39,12 +44,27 @@ struct KeyRange {  // keys [begin, end); both must not decrease with q_pos
   int32_t begin, end;
 };
 
-// Operators of the three types below are for a second operand of just that type; with any other, the first
+// Operators of the four types below are for a second operand of just that type; with any other, the first
 // becomes a number.
 template <class T, class Exactly, class Result>
 using For = std::enable_if_t<std::is_same_v<T, Exactly>, Result>;
 
-// raw * scale, not multiplied yet: a factor joins the scale, and a sum is one fused product.
+// raw * scale + shift, not computed yet: a factor joins both, and the sum is one fused product.
+struct ShiftedLogit {
+  float raw, scale, shift;
+
+  FI_HD operator float() const { return raw * scale + shift; }
+  template <class T>
+  friend FI_HD For<T, float, ShiftedLogit> operator*(ShiftedLogit x, T y) {
+    return {x.raw, x.scale * y, x.shift * y};
+  }
+  template <class T>
+  friend FI_HD For<T, float, ShiftedLogit> operator*(T y, ShiftedLogit x) {
+    return x * y;
+  }
+};
+
+// raw * scale, not multiplied yet either.
 struct Logit {
   float raw, scale;
 
@@ -58,15 +78,15 @@ struct Logit {
     return x * y;
   }
   template <class T>
-  friend FI_HD For<T, float, float> operator+(Logit x, T y) {
-    return x.raw * x.scale + y;
+  friend FI_HD For<T, float, ShiftedLogit> operator+(Logit x, T y) {
+    return {x.raw, x.scale, y};
   }
   template <class T>
-  friend FI_HD For<T, float, float> operator+(T y, Logit x) {
+  friend FI_HD For<T, float, ShiftedLogit> operator+(T y, Logit x) {
     return x + y;
   }
   template <class T>
-  friend FI_HD For<T, float, float> operator-(Logit x, T y) {
+  friend FI_HD For<T, float, ShiftedLogit> operator-(Logit x, T y) {
     return x + -y;
   }
 };
@@ -105,6 +125,12 @@ struct Position {
 struct SeesAll {
   FI_HD bool sees(int32_t) const { return true; }
 };
+struct Unchanged {
+  template <class X>
+  FI_HD X operator()(X x, Position) const {
+    return x;
+  }
+};
 
 struct Feature {
   static constexpr bool kHasQuery = false;
@@ -118,9 +144,8 @@ struct Feature {
   FI_HD static KeyRange keys(const A&, const Row& r) {
     return {0, r.kv_len};
   }
-  // Within the range mask() hides single keys, none before seen_before(): there executors need not ask. What
-  // it reads, it reads once a row. A hidden key's logit becomes -inf after the logits transforms: a soft cap
-  // would make it finite again.
+  // Within the range mask() hides single keys, none before seen_before(): there executors need not ask. A
+  // hidden key's logit becomes -inf after the logits transforms: a soft cap would make it finite again.
   template <class A>
   FI_HD static int32_t seen_before(const A&, const Row&) {
     return INT32_MAX;
@@ -129,9 +154,9 @@ struct Feature {
   FI_HD static SeesAll mask(const A&, const Row&) {
     return {};
   }
-  template <class A, class X>
-  FI_HD static X logits(const A&, X x, const Row&, Position) {
-    return x;
+  template <class A>
+  FI_HD static Unchanged logits(const A&, const Row&) {
+    return {};
   }
   template <class A>
   FI_HD static float sink(const A&, int32_t) {
@@ -158,8 +183,8 @@ struct Feature {
   }
   // of the logit x, after all logits transforms; a hidden key weighs 0
   template <class A>
-  FI_HD static float weights(const A&, float x, const Row&, Position) {
-    return x;
+  FI_HD static Unchanged weights(const A&, const Row&) {
+    return {};
   }
 };
 
@@ -257,33 +282,84 @@ struct PackedMask : Feature {
   }
 };
 
-// cap * tanh(x / cap). On a GPU without the branches of tanhf and of an exact division, which would cost the
-// kernel its registers; the error stays below 1e-6 cap.
-template <class X>
-FI_HD float capped(X x, float cap) {
 #if defined(__CUDA_ARCH__)
-  float e, inverse;  // tanh(y) = 1 - 2 / (1 + exp(2y)); at the ends exp is 0 or inf
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(float(x * __fdividef(2.885390082f, cap))));  // 2 log2(e)
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + e));
-  return (1.f - 2.f * inverse) * cap;  // not cap - 2 cap inverse: a register more
-#else
-  return cap * tanhf(x / cap);
-#endif
+FI_HD float exp2_on_gpu(float x) {  // at the ends 0 or inf
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
+FI_HD float inverse_on_gpu(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
+
+// tanh(y) for |y| <= kShortTanh without special functions, error below 8e-7: the best odd polynomial in y,
+// about the middle of y^2.
+constexpr float kShortTanh = 2.3f;
+FI_HD float short_tanh(float y) {
+  float v = fmaf(y, y, -0.5f * kShortTanh * kShortTanh);
+  float p = 6.195549673e-08f;
+  p = fmaf(p, v, -3.529916341e-07f);
+  p = fmaf(p, v, 6.690320333e-07f);
+  p = fmaf(p, v, -2.860891982e-06f);
+  p = fmaf(p, v, 2.217669316e-05f);
+  p = fmaf(p, v, -1.163514753e-04f);
+  p = fmaf(p, v, 5.731016863e-04f);
+  p = fmaf(p, v, -2.927930793e-03f);
+  p = fmaf(p, v, 1.510640141e-02f);
+  p = fmaf(p, v, -8.047703654e-02f);
+  p = fmaf(p, v, 5.690915585e-01f);
+  return y * p;
+}
+
+// cap * tanh(x / cap). On a GPU without the branches of tanhf, which would cost the kernel its registers; the
+// error stays below 1e-6 cap. It rises with x, so the sm90 kernel compares logits before, and bends them by
+// short_tanh() where all are small enough.
+struct Capped {
+  float cap, inverse;
+
+  FI_HD explicit Capped(float c) : cap(c) {
+#if defined(__CUDA_ARCH__)
+    inverse = inverse_on_gpu(c);
+#else
+    inverse = 1.f / c;
+#endif
+  }
+  template <class X>
+  FI_HD float operator()(X x, Position) const {
+#if defined(__CUDA_ARCH__)
+    float e = exp2_on_gpu(x * (inverse * (2.f * kLog2e)));  // tanh(y) = 1 - 2 / (1 + exp(2y))
+    return (1.f - 2.f * inverse_on_gpu(1.f + e)) * cap;     // not cap - 2 cap inverse: a register more
+#else
+    return cap * tanhf(x / cap);
+#endif
+  }
+};
 
 struct SoftCap : Feature {
   static constexpr bool kHasLogits = true;
-  template <class A, class X>
-  FI_HD static float logits(const A& a, X x, const Row&, Position) {
-    return capped(x, a.soft_cap);
+  template <class A>
+  FI_HD static Capped logits(const A& a, const Row&) {
+    return Capped(a.soft_cap);
   }
 };
 
 struct Alibi : Feature {
+  struct Bias {
+    float slope;
+    int32_t q_pos;
+
+    template <class X>
+    FI_HD float operator()(X x, Position kv_pos) const {
+      return x + slope * (kv_pos - q_pos).distance();
+    }
+  };
   static constexpr bool kHasLogits = true;
-  template <class A, class X>
-  FI_HD static float logits(const A& a, X x, const Row& r, Position kv_pos) {
-    return x + a.alibi_slopes[r.q_head] * (kv_pos - r.q_pos).distance();
+  template <class A>
+  FI_HD static Bias logits(const A& a, const Row& r) {
+    return Bias{a.alibi_slopes[r.q_head], r.q_pos};
   }
 };
 
@@ -296,26 +372,45 @@ struct Sinks : Feature {
   }
 };
 
-// 1 / (1 + exp(-x - bias)). Not by tanh.approx, whose error of 2^-12 is more than the small weights
-// themselves.
+// 1 / d for 1 <= d <= 2^125 without special functions, relative error below 4e-5, a fiftieth of what rounding
+// to bf16 costs. Subtracting the bits guesses within 5 %; the rest is a polynomial in what is missing.
+FI_HD float short_inverse(float d) {
+  uint32_t bits;
+  float guess;
+  memcpy(&bits, &d, sizeof d);
+  bits = 0x7ef311c0 - bits;
+  memcpy(&guess, &bits, sizeof d);
+  float missing = fmaf(-d, guess, 1.f);
+  return guess * fmaf(fmaf(missing, 1.001917601f, 1.001917124f), missing, 1.f);
+}
+
+// 1 / (1 + exp(-x)) as a weight, which is rounded to 16 bits. Not by tanh.approx, whose error of 2^-12 is
+// more than the small weights themselves.
 template <class X>
-FI_HD float sigmoid(X x, float bias) {
+FI_HD float sigmoid(X x) {
 #if defined(__CUDA_ARCH__)
-  float e, y;  // at the ends exp is 0 or inf
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -kLog2e + bias * -kLog2e));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.f + e));
-  return y;
+  float z;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(float(x * -kLog2e)), "f"(125.f));
+  return short_inverse(1.f + exp2_on_gpu(z));
 #else
-  return 1.f / (1.f + expf(-(x + bias)));
+  return 1.f / (1.f + expf(-x));
 #endif
 }
 
 // In place of softmax (FlashSigmoid). The bias is about -log(keys).
 struct Sigmoid : Feature {
+  struct Weight {
+    float bias;
+
+    template <class X>
+    FI_HD float operator()(X x, Position) const {
+      return sigmoid(x + bias);
+    }
+  };
   static constexpr bool kSoftmax = false;
-  template <class A, class X>
-  FI_HD static float weights(const A& a, X x, const Row&, Position) {
-    return sigmoid(x, a.sigmoid_bias);
+  template <class A>
+  FI_HD static Weight weights(const A& a, const Row&) {
+    return Weight{a.sigmoid_bias};
   }
 };
 
@@ -328,6 +423,25 @@ struct Both {
 template <class X, class Y>
 FI_HD Both<X, Y> both(X x, Y y) {
   return {x, y};
+}
+
+template <class F, class G>
+struct Then {
+  F first;
+  G second;
+  template <class X>
+  FI_HD auto operator()(X x, Position kv_pos) const {
+    return second(first(x, kv_pos), kv_pos);
+  }
+};
+template <class F, class G>
+FI_HD auto then(F first, G second) {
+  if constexpr (std::is_same_v<F, Unchanged>)
+    return second;
+  else if constexpr (std::is_same_v<G, Unchanged>)
+    return first;
+  else
+    return Then<F, G>{first, second};
 }
 
 template <class... F>
@@ -370,9 +484,9 @@ struct Compose<F, Rest...> {
   FI_HD static auto mask(const A& a, const Row& r) {
     return both(F::mask(a, r), Next::mask(a, r));
   }
-  template <class A, class X>
-  FI_HD static auto logits(const A& a, X x, const Row& r, Position kv_pos) {
-    return Next::logits(a, F::logits(a, x, r, kv_pos), r, kv_pos);
+  template <class A>
+  FI_HD static auto logits(const A& a, const Row& r) {
+    return then(F::logits(a, r), Next::logits(a, r));
   }
   template <class A, class X>
   FI_HD static auto query(const A& a, X x, const Row& r) {
@@ -397,23 +511,16 @@ struct Compose<F, Rest...> {
     else
       return Next::sink(a, q_head);
   }
-  template <class A, class X>
-  FI_HD static float weights(const A& a, X x, const Row& r, Position kv_pos) {
-    if constexpr (!F::kSoftmax)
-      return F::weights(a, x, r, kv_pos);
-    else
-      return Next::weights(a, x, r, kv_pos);
+  template <class A>
+  FI_HD static auto weights(const A& a, const Row& r) {
+    return then(F::weights(a, r), Next::weights(a, r));
   }
 };
 
-// The logit that softmax works on, or the weight itself. Of a hidden key it is kHidden.
+// Of a row: makes a logit what softmax works on, or the weight itself. Of a hidden key that is kHidden.
 template <class Variant, class A>
-FI_HD float transformed(const A& a, Logit x, const Row& r, Position kv_pos) {
-  auto logit = Variant::logits(a, x, r, kv_pos);
-  if constexpr (Variant::kSoftmax)
-    return logit;
-  else
-    return Variant::weights(a, logit, r, kv_pos);
+FI_HD auto transform_of(const A& a, const Row& r) {
+  return then(Variant::logits(a, r), Variant::weights(a, r));
 }
 template <class Variant>
 constexpr bool kTransforms = Variant::kHasLogits || !Variant::kSoftmax;

@@ -1,7 +1,7 @@
 """Expressions as text: one line of Python becomes device text and an eager torch form, so that the two agree.
 
 The language: + - * / // %, comparisons (chained too), and, or, not, `a if c else b`, abs, min, max, exp, log,
-sqrt, tanh; names that the caller puts in scope; tensor[index] with an index that the tensor has.
+sqrt, tanh, sigmoid; names that the caller puts in scope; tensor[index] with an index that the tensor has.
 Integers stay integers, / gives a float, // and % round down.
 """
 
@@ -11,12 +11,12 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 
-_UNARY = ("exp", "log", "sqrt", "tanh")
+_UNARY = ("exp", "log", "sqrt", "tanh", "sigmoid")
 _Operators = dict[type[ast.AST], tuple[str, Callable[[Any, Any], Any]]]  # C++, eager
 _ARITHMETIC: _Operators = {
     ast.Add: ("+", operator.add),
@@ -54,18 +54,28 @@ class Part:
     eager: Callable[[Mapping[str, Any]], Any]
 
 
-def translate(source: str, scope: Mapping[str, Name], where: str) -> Part:
-    """Raises ValueError, with `where` and the part of the text that does not fit."""
+def translate(
+    source: str, scope: Mapping[str, Name], where: str, per_key: frozenset[str] = frozenset()
+) -> tuple[Part, list[str]]:
+    """A part, and with per_key the texts of its pieces that name nothing of per_key, which the part calls
+    row0, row1, ... Raises ValueError, with `where` and the part of the text that does not fit.
+    """
     try:
         tree = ast.parse(source.strip(), mode="eval").body
     except SyntaxError as error:
         raise ValueError(f"{where}: expected an expression, got {source!r}: {error.msg}") from None
-    return _Translator(source.strip(), scope, where).part(tree)
+    translator = _Translator(source.strip(), scope, where, per_key)
+    return translator.part(tree), translator.of_row
+
+
+def names_in(node: ast.AST) -> set[str]:
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 
 class _Translator:
-    def __init__(self, source: str, scope: Mapping[str, Name], where: str) -> None:
-        self.source, self.scope, self.where = source, scope, where
+    def __init__(self, source: str, scope: Mapping[str, Name], where: str, per_key: frozenset[str]) -> None:
+        self.source, self.scope, self.where, self.per_key = source, scope, where, per_key
+        self.of_row: list[str] = []
 
     def fail(self, node: ast.AST, wanted: str) -> NoReturn:
         raise ValueError(
@@ -73,6 +83,17 @@ class _Translator:
         )
 
     def part(self, node: ast.expr) -> Part:
+        if not self.per_key or not names_in(node) or names_in(node) & self.per_key:
+            return self.piece(node)
+        whole = _Translator(self.source, self.scope, self.where, frozenset()).piece(node)
+        return replace(whole, text=self.row_text(whole.text))
+
+    def row_text(self, text: str) -> str:
+        if text not in self.of_row:
+            self.of_row.append(text)
+        return f"row{self.of_row.index(text)}"
+
+    def piece(self, node: ast.expr) -> Part:
         match node:
             case ast.Constant(value=value):
                 return self.constant(node, value)
@@ -137,7 +158,8 @@ class _Translator:
                 x = s[name][s[index]]
             return x.long() if found.kind == "int" else x  # bytes would overflow
 
-        return Part(found.kind, f"{found.text}[{place.text}]", eager)
+        text = self.row_text(found.text) if found.per_key and self.per_key else found.text
+        return Part(found.kind, f"{text}[{place.text}]", eager)
 
     def number(self, node: ast.expr) -> Part:
         found = self.part(node)

@@ -35,9 +35,11 @@ ROOT_OF_DISTANCE = define(
     Argument("rate", "float"),
     text="""
         template <class A>
-        FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
-          int32_t distance = r.q_pos > kv_pos ? r.q_pos - kv_pos : 0;
-          return x - a.rate * sqrtf(float(distance));
+        FI_HD static auto logits(const A& a, const Row& r) {
+          return [rate = a.rate, q_pos = r.q_pos](float x, int32_t kv_pos) {
+            int32_t distance = q_pos > kv_pos ? q_pos - kv_pos : 0;
+            return x - rate * sqrtf(float(distance));
+          };
         }
     """,
     logits=lambda x, q_pos, kv_pos, *, rate, **_: (
@@ -94,8 +96,10 @@ LOOK_UP = define(
     Argument("table", "tensor", per="word"),
     text="""
         template <class A>
-        FI_HD static float logits(const A& a, float x, const Row& r, int32_t kv_pos) {
-          return kv_pos < r.kv_len ? x + a.table[kv_pos / 50] : x;
+        FI_HD static auto logits(const A& a, const Row& r) {
+          const auto table = a.table;
+          const int32_t kv_len = r.kv_len;
+          return [=](float x, int32_t kv_pos) { return kv_pos < kv_len ? x + table[kv_pos / 50] : x; };
         }
     """,
     logits=lambda x, q_pos, kv_pos, *, table, **_: x + table[kv_pos // 50],

@@ -34,6 +34,10 @@ CASES = [
     replace(SMALL, page_size=1, table="token", run=150),
     replace(SMALL, page_size=3, layout="padded", run=7),
     replace(SMALL, variant=EVERYTHING),
+    replace(SMALL, variant="CAUSAL+SOFT_CAP+SINKS", soft_cap=1.5),  # of some tiles all logits are small
+    replace(SMALL, variant="CAUSAL+SOFT_CAP", soft_cap=0.5),  # of none
+    replace(SMALL, variant="SOFT_CAP", soft_cap=50.0, head_dim=128),
+    replace(SMALL, variant="CAUSAL+ALIBI", kv_lens=(600, 3, 5, 550, 0)),  # bases move
     replace(SMALL, variant="CAUSAL+TREE", q_lens=(7,) * 3, kv_lens=(7, 200, 66)),
     replace(SMALL, variant="DOCUMENT+PREFIX_LM+PACKED_MASK"),
     DECODE,

@@ -194,7 +194,8 @@ float softmax_row(const Args& args, int32_t begin, int count, int i, Tile& t, fl
   if (lo == hi) return 1.f;
 
   if constexpr (kTransforms<Variant>) {
-    for (int j = lo; j < hi; ++j) s[j] = transformed<Variant>(args, {s[j], 1.f}, t.row[i], {begin + j, 0});
+    const auto transform = transform_of<Variant>(args, t.row[i]);
+    for (int j = lo; j < hi; ++j) s[j] = transform(Logit{s[j], 1.f}, Position{begin + j, 0});
   }
   if constexpr (Variant::kSoftmax) {
     for (int j = lo; j < hi; ++j) s[j] *= kLog2e;

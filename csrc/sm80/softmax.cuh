@@ -55,13 +55,13 @@ struct RowState {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {  // which two of a thread's four values belong to the row
       if constexpr (kTransforms<Variant>) {
-        Row r = row(2 * fragment + half);
+        const auto of_row = transform_of<Variant>(args, row(2 * fragment + half));
 #pragma unroll
         for (int n = 0; n < kTokens / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = s[n][2 * half + i];
-            x = transformed<Variant>(args, {x, p.scale}, r, {first, 8 * n + i});
+            x = of_row(Logit{x, p.scale}, Position{first, 8 * n + i});
           }
       }
       if (masked) {

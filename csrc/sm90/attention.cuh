@@ -165,8 +165,9 @@ struct Consumer {
       started.yes = wide_next(n);
       if (started.yes) {
         const Task& next = smem.task(n + 1);
+        const Transforms transforms(p, args, next, first_row);
         advance(smem.q(n + 1), smem.box_tiles(n + 1).has(0));
-        RowState next_state(p, args, next, first_row);
+        RowState next_state(p, args, next, first_row, transforms);
         if constexpr (kTileList) next_state.whole = next.whole(0);
         next_state.step<kTokens>(s, keep, next.first_token + part.token, output_done);
         next_state.give(started.max, started.sum);

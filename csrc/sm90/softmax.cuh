@@ -1,6 +1,7 @@
 // Online softmax of the two query rows a thread holds: lane/4 and lane/4 + 8 of its warp's 16.
 #pragma once
 #include <cfloat>
+#include <utility>
 
 #include "../state.h"
 #include "smem.cuh"
@@ -16,10 +17,22 @@ using Scores = float[kTokens / 2];
 template <int kTokens>
 using Probabilities = uint32_t[kTokens / 16][4];  // pairs of Element, as the next product wants
 
+using Transform = decltype(transform_of<Variant>(std::declval<const Args&>(), Row{}));
+
+// Of a thread's two rows. Made before scores are awaited: what it looks up would otherwise come after them.
+struct Transforms {
+  Transform of_row[2];
+
+  __device__ __forceinline__ Transforms(const AttentionParams& p, const Args& args, const Task& t, int first)
+      : of_row{transform_of<Variant>(args, t.row(p, t.begin + first)),
+               transform_of<Variant>(args, t.row(p, t.begin + first + 8))} {}
+};
+
 struct RowState {
   const AttentionParams& p;
   const Args& args;
   const Task* task;
+  Transforms transforms;
   int first_row;       // of the tile; the second row is 8 further on
   KeyRange all_rows;   // keys that every row of the warp sees
   bool whole = false;  // plans that skip: all rows see all keys of the tile that comes next
@@ -28,7 +41,15 @@ struct RowState {
 
   __device__ __forceinline__ RowState(const AttentionParams& params, const Args& variant_args, const Task& t,
                                       int first)
-      : p(params), args(variant_args), task(&t), first_row(first), all_rows{0, t.kv_len} {
+      : RowState(params, variant_args, t, first, Transforms(params, variant_args, t, first)) {}
+  __device__ __forceinline__ RowState(const AttentionParams& params, const Args& variant_args, const Task& t,
+                                      int first, const Transforms& of_rows)
+      : p(params),
+        args(variant_args),
+        task(&t),
+        transforms(of_rows),
+        first_row(first),
+        all_rows{0, t.kv_len} {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       Row r = row(i);
@@ -58,6 +79,12 @@ struct RowState {
   // what rows have summed so far is to be multiplied by keep.
   template <int kTokens, class Halfway>
   __device__ __forceinline__ bool step(Scores<kTokens>& s, float (&keep)[2], int token, Halfway halfway) {
+    if constexpr (kBends<kTokens>) {
+      const auto& caps = transforms.of_row;
+      float most_of[2];
+      if (all_bend<kTokens>(s, most_of, token, caps))
+        return step_bent<kTokens>(s, keep, most_of, caps, halfway);
+    }
     transform<kTokens>(s, token);
     if constexpr (!Variant::kSoftmax) {
       halfway(s[0]);
@@ -68,22 +95,7 @@ struct RowState {
     for (int r = 0; r < 2; ++r) m[r] = __fmul_rn(largest<kTokens>(s, r, max[r] + kSlack < 0.f), to_log2);
     bool outgrown = __any_sync(~0u, m[0] > max[0] + kSlack || m[1] > max[1] + kSlack);
     if (outgrown) move_bases(m, keep);
-    float sums[2][kChains] = {};
-#pragma unroll
-    for (int n = 0; n < kTokens / 8; ++n) {
-      if (n == kTokens / 16) halfway(sums[0][0] + sums[1][0]);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[4 * n + 2 * r + i];
-          x = exp2_approx(fmaf(x, to_log2, -max[r]));
-          sums[r][(2 * n + i) % kChains] += x;
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] += (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
+    weigh<kTokens>(s, halfway, [&](float x, int r, int) { return fmaf(x, to_log2, -max[r]); });
     return outgrown;
   }
 
@@ -110,14 +122,89 @@ struct RowState {
   }
 
  private:
+  // Exponentials of what exponent(score, row, n) says, and their sums.
+  template <int kTokens, class Halfway, class Exponent>
+  __device__ __forceinline__ void weigh(Scores<kTokens>& s, Halfway halfway, Exponent exponent) {
+    float sums[2][kChains] = {};
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; ++n) {
+      if (n == kTokens / 16) halfway(sums[0][0] + sums[1][0]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[4 * n + 2 * r + i];
+          x = exp2_approx(exponent(x, r, n));
+          sums[r][(2 * n + i) % kChains] += x;
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] += (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
+  }
+
+  // A soft cap needs two special functions a key beside the exponential, and those are what a tile waits for.
+  // Where all logits of a warp are small a polynomial takes their place, computed between the exponentials:
+  // a cap rises with the logit, so the largest is known before. Not of narrow tiles, which wait for memory.
+  template <int kTokens>
+  static constexpr bool kBends = std::is_same_v<Transform, Capped> && Variant::kSoftmax && kTokens == kTileKv;
+
+  template <int kTokens>
+  __device__ __forceinline__ bool all_bend(const Scores<kTokens>& s, float (&most_of)[2], int token,
+                                           const Capped (&caps)[2]) const {
+    if (masked<kTokens>(token)) return false;  // a hidden key's logit is not to become finite
+    bool bend = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      most_of[r] = largest<kTokens>(s, r, max[r] + kSlack < 0.f);
+      // as unsigned integers negative floats are the largest, those furthest from 0 first
+      float below =
+          __int_as_float(most<kTokens>(s, r, [](int x, int y, int z) { return int(__vimax3_u32(x, y, z)); }));
+      float bound = kShortTanh * caps[r].cap;
+      bend &= most_of[r] * p.scale <= bound && fabsf(below) * p.scale <= bound;  // not if one is NaN
+    }
+    return __all_sync(~0u, bend);
+  }
+
+  template <int kTokens, class Halfway>
+  __device__ __forceinline__ bool step_bent(Scores<kTokens>& s, float (&keep)[2], const float (&most_of)[2],
+                                            const Capped (&caps)[2], Halfway halfway) {
+    float share[2], cap[2], m[2];  // what makes scores multiples of the cap; the cap in log2
+    bool outgrown = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      share[r] = p.scale * caps[r].inverse;
+      cap[r] = caps[r].cap * kLog2e;
+      m[r] = most_of[r] * share[r];
+      // no less than what it is bent to, and there at once
+      outgrown |= fminf(fmaxf(m[r], 0.f), 1.f) * cap[r] > max[r] + kSlack;
+    }
+    outgrown = __any_sync(~0u, outgrown);
+    if (outgrown) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) m[r] = short_tanh(m[r]) * cap[r];
+      move_bases(m, keep);
+    }
+    // ptxas computes what it can as early as it can, most polynomials before the first exponential. So each
+    // few wait for those before: nothing is added, but only we know that.
+    float nothing[2] = {max[0] * 0.f, max[1] * 0.f};
+    weigh<kTokens>(s, halfway, [&](float x, int r, int n) {
+      float exponent = fmaf(short_tanh(fmaf(x, share[r], nothing[r])), cap[r], -max[r]);
+      if (n % 2 == 1) nothing[r] = exponent * 0.f;
+      return exponent;
+    });
+    return outgrown;
+  }
+
   // a logits transform has scaled them
   __device__ __forceinline__ float log2_of_score() const {
     return Variant::kHasLogits ? kLog2e : p.scale * kLog2e;
   }
 
   // Weights are at most 2^kSlack: a base moves when a score exceeds it by more, so that of most tiles nothing
-  // but this thread's own maxima is asked for. 16-bit floats have room above 1.
-  static constexpr float kSlack = 8.f;
+  // but this thread's own maxima is asked for. 16-bit floats have room above 1, bf16 as much as float32; a
+  // bias such as ALiBi's grows from tile to tile.
+  static constexpr float kSlack = Variant::kHasLogits && std::is_same_v<Element, __nv_bfloat16> ? 64.f : 8.f;
 
   __device__ __forceinline__ void move_bases(const float (&own)[2], float (&keep)[2]) {
 #pragma unroll
@@ -157,23 +244,27 @@ struct RowState {
   }
 
   template <int kTokens>
+  __device__ __forceinline__ bool masked(int token) const {
+    if (kTileList && whole) return false;
+    return token < all_rows.begin || token + kTokens > all_rows.end;
+  }
+
+  template <int kTokens>
   __device__ __forceinline__ void transform(Scores<kTokens>& s, int token) {
-    bool masked = token < all_rows.begin || token + kTokens > all_rows.end;
-    if constexpr (kTileList) masked &= !whole;
+    bool some_hidden = masked<kTokens>(token);
     int first = token + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if constexpr (kTransforms<Variant>) {
-        Row query = row(r);
 #pragma unroll
         for (int n = 0; n < kTokens / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = s[4 * n + 2 * r + i];
-            x = transformed<Variant>(args, {x, p.scale}, query, {first, 8 * n + i});
+            x = transforms.of_row[r](Logit{x, p.scale}, Position{first, 8 * n + i});
           }
       }
-      if (masked) {
+      if (some_hidden) {
         Row query = row(r);
         KeyRange k = Variant::keys(args, query);
         auto mask = Variant::mask(args, query);
