@@ -34,6 +34,8 @@ CASES = [
     replace(SMALL, head_dim=80, layout="packed", variant=EVERYTHING),
     replace(SMALL, q_lens=(7,) * 3, kv_lens=(7, 200, 66), head_dim=128, q_heads=8, variant="CAUSAL+TREE"),
     replace(SMALL, head_dim=256, layout="HND", table="csr"),
+    replace(SMALL, head_dim=128, variant="CAUSAL+QK_NORM+ROPE"),
+    replace(SMALL, variant="CAUSAL+DOCUMENT"),
     replace(SMALL, head_dim=192, head_dim_vo=128, variant="FULL"),
     Case((40, 1), (2100, 2100), q_heads=4, kv_heads=1),  # batch invariant: chunks joined in the kernel
 ]
@@ -45,6 +47,10 @@ def exercise() -> None:
         for workers, batch_invariant in ((None, False), (7, False), (5, True)):
             planner = checks.planner_for(inputs, workers, batch_invariant=batch_invariant)
             checks.run_inputs(planner.plan(inputs.batch), inputs)
+        if case.variant == "CAUSAL+DOCUMENT":
+            skipping = {"causal": None, "window": None, "skip": inputs.variant}
+            planner = checks.planner_for(inputs, **skipping)
+            checks.run_inputs(planner.plan(inputs.batch, **inputs.variant_args), inputs)
         key, value = inputs.kv.k[:1, :3].flatten(0, 1).clone(), inputs.kv.v[:1, :3].flatten(0, 1).clone()
         slots = torch.arange(-1, len(key) - 1, device="cuda")
         append(inputs.kv, key, value, slots)

@@ -294,5 +294,5 @@ def test_too_many_arguments() -> None:
 def test_variant_names() -> None:
     assert variants.parse("window+CAUSAL") is CAUSAL + WINDOW is WINDOW + CAUSAL
     assert variants.parse("TREE+SOFT_CAP+CAUSAL") is CAUSAL + TREE + SOFT_CAP
-    with pytest.raises(ValueError, match=r"expected a variant made of FULL, CAUSAL, .* got 'CAUSAL.ROPE'"):
-        variants.parse("CAUSAL+ROPE")
+    with pytest.raises(ValueError, match=r"expected a variant made of FULL, CAUSAL, .* got 'CAUSAL.ROTE'"):
+        variants.parse("CAUSAL+ROTE")
