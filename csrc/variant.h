@@ -10,8 +10,6 @@
 // address. Executors pass logits as Logit and positions as Position; an object may take float and int32_t
 // instead.
 #pragma once
-#include <string.h>
-
 #include <type_traits>
 
 #include "vector.h"
@@ -295,28 +293,8 @@ FI_HD float inverse_on_gpu(float x) {
 }
 #endif
 
-// tanh(y) for |y| <= kShortTanh without special functions, error below 8e-7: the best odd polynomial in y,
-// about the middle of y^2.
-constexpr float kShortTanh = 2.3f;
-FI_HD float short_tanh(float y) {
-  float v = fmaf(y, y, -0.5f * kShortTanh * kShortTanh);
-  float p = 6.195549673e-08f;
-  p = fmaf(p, v, -3.529916341e-07f);
-  p = fmaf(p, v, 6.690320333e-07f);
-  p = fmaf(p, v, -2.860891982e-06f);
-  p = fmaf(p, v, 2.217669316e-05f);
-  p = fmaf(p, v, -1.163514753e-04f);
-  p = fmaf(p, v, 5.731016863e-04f);
-  p = fmaf(p, v, -2.927930793e-03f);
-  p = fmaf(p, v, 1.510640141e-02f);
-  p = fmaf(p, v, -8.047703654e-02f);
-  p = fmaf(p, v, 5.690915585e-01f);
-  return y * p;
-}
-
 // cap * tanh(x / cap). On a GPU without the branches of tanhf, which would cost the kernel its registers; the
-// error stays below 1e-6 cap. It rises with x, so the sm90 kernel compares logits before, and bends them by
-// short_tanh() where all are small enough.
+// error stays below 1e-6 cap. It rises with x, so the sm90 kernel compares logits before.
 struct Capped {
   float cap, inverse;
 
@@ -327,11 +305,19 @@ struct Capped {
     inverse = 1.f / c;
 #endif
   }
+  // 1 / (1 + exp(2 x / cap)): tanh is 1 - 2 of it
+  template <class X>
+  FI_HD float inverse_of(X x) const {
+#if defined(__CUDA_ARCH__)
+    return inverse_on_gpu(1.f + exp2_on_gpu(x * (inverse * (2.f * kLog2e))));
+#else
+    return 1.f / (1.f + expf(2.f * inverse * x));
+#endif
+  }
   template <class X>
   FI_HD float operator()(X x, Position) const {
 #if defined(__CUDA_ARCH__)
-    float e = exp2_on_gpu(x * (inverse * (2.f * kLog2e)));  // tanh(y) = 1 - 2 / (1 + exp(2y))
-    return (1.f - 2.f * inverse_on_gpu(1.f + e)) * cap;     // not cap - 2 cap inverse: a register more
+    return (1.f - 2.f * inverse_of(x)) * cap;  // not cap - 2 cap inverse: a register more
 #else
     return cap * tanhf(x / cap);
 #endif
@@ -372,28 +358,14 @@ struct Sinks : Feature {
   }
 };
 
-// 1 / d for 1 <= d <= 2^125 without special functions, relative error below 4e-5, a fiftieth of what rounding
-// to bf16 costs. Subtracting the bits guesses within 5 %; the rest is a polynomial in what is missing.
-FI_HD float short_inverse(float d) {
-  uint32_t bits;
-  float guess;
-  memcpy(&bits, &d, sizeof d);
-  bits = 0x7ef311c0 - bits;
-  memcpy(&guess, &bits, sizeof d);
-  float missing = fmaf(-d, guess, 1.f);
-  return guess * fmaf(fmaf(missing, 1.001917601f, 1.001917124f), missing, 1.f);
-}
-
-// 1 / (1 + exp(-x)) as a weight, which is rounded to 16 bits. Not by tanh.approx, whose error of 2^-12 is
-// more than the small weights themselves.
+// 1 / (1 + exp(-x - bias)). Not by tanh.approx, whose error of 2^-12 is more than the small weights
+// themselves.
 template <class X>
-FI_HD float sigmoid(X x) {
+FI_HD float sigmoid(X x, float bias = 0.f) {
 #if defined(__CUDA_ARCH__)
-  float z;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(float(x * -kLog2e)), "f"(125.f));
-  return short_inverse(1.f + exp2_on_gpu(z));
+  return inverse_on_gpu(1.f + exp2_on_gpu(x * -kLog2e + bias * -kLog2e));
 #else
-  return 1.f / (1.f + expf(-x));
+  return 1.f / (1.f + expf(-(x + bias)));
 #endif
 }
 
@@ -404,7 +376,7 @@ struct Sigmoid : Feature {
 
     template <class X>
     FI_HD float operator()(X x, Position) const {
-      return sigmoid(x + bias);
+      return sigmoid(x, bias);
     }
   };
   static constexpr bool kSoftmax = false;

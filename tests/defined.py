@@ -140,4 +140,6 @@ def inputs_of(name: str, device: str = "cpu", **changes: Any) -> Any:
     inputs.variant_args = {
         k: v.to(device) if torch.is_tensor(v) else v for k, v in (ARGS | ARGS_CHECKED)[name].items()
     }
+    if "shares" in inputs.variant_args:
+        inputs.variant_args["shares"] = torch.linspace(-1, 1.5, inputs.case.head_dim, device=device)
     return inputs

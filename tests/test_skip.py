@@ -51,7 +51,9 @@ def visible(variant: Variant, args: dict[str, Any], request: int, q_len: int, kv
     seen = torch.ones(q_len, kv_len, dtype=torch.bool)
     for feature in variant.features:
         if feature.mask is not None:
-            seen &= feature.mask(q_pos, kv_pos, request=request, kv_len=kv_len, **args)
+            seen &= feature.mask(
+                q_pos, kv_pos, request=request, q_len=q_len, kv_len=kv_len, q_first=0, **args
+            )
     return seen.numpy()
 
 
@@ -242,7 +244,7 @@ def test_a_captured_plan_follows_lengths_and_masks() -> None:
 def test_lengths_beyond_the_list_are_found_by_check() -> None:
     s, args = lengths_and_arguments(np.random.default_rng(2), 3)
     planner = lists_on("cuda", s, SKIPS["both"][0])
-    batch = batch_of((1, 2, 3), (100, 3001, 50), "cuda")
+    batch = batch_of((1, 2, 3), (100, 4000, 50), "cuda")
     plan = planner.plan(batch, **(args | {"back": args["back"].cuda()}))
     with pytest.raises(RuntimeError, match="max_kv_len 3000"):
         plan.check()

@@ -34,8 +34,7 @@ CASES = [
     replace(SMALL, page_size=1, table="token", run=150),
     replace(SMALL, page_size=3, layout="padded", run=7),
     replace(SMALL, variant=EVERYTHING),
-    replace(SMALL, variant="CAUSAL+SOFT_CAP+SINKS", soft_cap=1.5),  # of some tiles all logits are small
-    replace(SMALL, variant="CAUSAL+SOFT_CAP", soft_cap=0.5),  # of none
+    replace(SMALL, variant="CAUSAL+SOFT_CAP+SINKS", soft_cap=0.5),
     replace(SMALL, variant="SOFT_CAP", soft_cap=50.0, head_dim=128),
     replace(SMALL, variant="CAUSAL+ALIBI", kv_lens=(600, 3, 5, 550, 0)),  # bases move
     replace(SMALL, variant="CAUSAL+TREE", q_lens=(7,) * 3, kv_lens=(7, 200, 66)),
@@ -127,12 +126,12 @@ def test_an_index_out_of_range_is_named(build: Build, name: str, monkeypatch: py
         check(build, inputs, 5)
 
 
-PAGES = ({}, {"page_size": 1, "table": "token"}, {"page_size": 1, "run": 300}, {"page_size": 8})
+PAGES = ({}, {"page_size": 1, "run": 300})
 
 
 @pytest.mark.parametrize("name", test_skip.SKIPS)
 def test_plans_that_skip(build: Build, name: str) -> None:
-    for workers, changes in zip((3, 40, 5, 12), PAGES, strict=True):
+    for workers, changes in zip((3, 40), PAGES, strict=True):
         check(build, test_skip.inputs_of(name, dtype="bf16", **changes), workers, skip=True)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
 import pickle
 import re
 import subprocess
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import checks
-import emulated
 import pytest
 import torch
 from defined import ARGS, ARGS_CHECKED, CHECKED, PREFIX, ROOT_OF_DISTANCE, SHARES, STRIPES, inputs_of
@@ -147,25 +144,6 @@ def test_what_is_refused(wanted: dict[str, Any], message: str) -> None:
         define("REFUSED", Argument("per_head", "tensor"), flags, *more, **wanted)
     with pytest.raises(ValueError, match="expected a variant made of"):
         parse("REFUSED")
-
-
-def test_polynomials_of_the_gpu(tmp_path: Path) -> None:
-    library = emulated.library("short.cpp", tmp_path, jit.csrc())
-    library.largest_short_tanh.restype = ctypes.c_float
-    bound = library.largest_short_tanh()
-
-    def of(function: str, x: torch.Tensor) -> torch.Tensor:
-        y = torch.empty_like(x)
-        getattr(library, function)(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), len(x))
-        return y.double()
-
-    y = torch.cat([torch.linspace(-bound, bound, 2_000_001), torch.tensor([0.0, 1e-30, -1e-6])])
-    assert (of("short_tanh", y) - y.double().tanh()).abs().max() < 8e-7
-    assert (of("short_tanh", torch.tensor([1.05 * bound])) - math.tanh(1.05 * bound)).abs() > 1e-6  # no room
-    d = torch.cat([torch.linspace(1, 2, 1 << 20), torch.logspace(0, 125, 1 << 20, 2)]).clamp(1, 2.0**125)
-    assert (of("short_inverse", d) * d.double() - 1).abs().max() < 4e-5
-    largest = torch.tensor([2.0**125])  # exp(-x) of a sigmoid's weight is no larger
-    assert of("short_inverse", largest).item() < 3e-38
 
 
 @pytest.mark.parametrize("name", ARGS)
@@ -304,7 +282,7 @@ def test_an_index_out_of_range_is_named(device: str, name: str, monkeypatch: pyt
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_too_few_positions_are_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FI_DEBUG", "1" if device == "cuda" else "0")
-    inputs = inputs_of("SEGMENT+IMPORTANCE", device)
+    inputs = inputs_of("SEGMENT+IMPORTANCE", device, dtype="bf16")
     plan = checks.planner_for(inputs).plan(inputs.batch)
     with pytest.raises(ValueError, match=r"expected importance of at least 200 positions .* got 199"):
         checks.run_inputs(plan, inputs, importance=inputs.variant_args["importance"][:, :199].contiguous())

@@ -79,11 +79,8 @@ struct RowState {
   // what rows have summed so far is to be multiplied by keep.
   template <int kTokens, class Halfway>
   __device__ __forceinline__ bool step(Scores<kTokens>& s, float (&keep)[2], int token, Halfway halfway) {
-    if constexpr (kBends<kTokens>) {
-      const auto& caps = transforms.of_row;
-      float most_of[2];
-      if (all_bend<kTokens>(s, most_of, token, caps))
-        return step_bent<kTokens>(s, keep, most_of, caps, halfway);
+    if constexpr (kCaps<kTokens>) {
+      if (!masked<kTokens>(token)) return step_capped<kTokens>(s, keep, transforms.of_row, halfway);
     }
     transform<kTokens>(s, token);
     if constexpr (!Variant::kSoftmax) {
@@ -95,7 +92,7 @@ struct RowState {
     for (int r = 0; r < 2; ++r) m[r] = __fmul_rn(largest<kTokens>(s, r, max[r] + kSlack < 0.f), to_log2);
     bool outgrown = __any_sync(~0u, m[0] > max[0] + kSlack || m[1] > max[1] + kSlack);
     if (outgrown) move_bases(m, keep);
-    weigh<kTokens>(s, halfway, [&](float x, int r, int) { return fmaf(x, to_log2, -max[r]); });
+    weigh<kTokens>(s, halfway, [&](float x, int r) { return fmaf(x, to_log2, -max[r]); });
     return outgrown;
   }
 
@@ -122,7 +119,7 @@ struct RowState {
   }
 
  private:
-  // Exponentials of what exponent(score, row, n) says, and their sums.
+  // Exponentials of what exponent(score, row) says, and their sums.
   template <int kTokens, class Halfway, class Exponent>
   __device__ __forceinline__ void weigh(Scores<kTokens>& s, Halfway halfway, Exponent exponent) {
     float sums[2][kChains] = {};
@@ -134,7 +131,7 @@ struct RowState {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[4 * n + 2 * r + i];
-          x = exp2_approx(exponent(x, r, n));
+          x = exp2_approx(exponent(x, r));
           sums[r][(2 * n + i) % kChains] += x;
         }
       }
@@ -143,55 +140,25 @@ struct RowState {
     for (int r = 0; r < 2; ++r) sum[r] += (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
   }
 
-  // A soft cap needs two special functions a key beside the exponential, and those are what a tile waits for.
-  // Where all logits of a warp are small a polynomial takes their place, computed between the exponentials:
-  // a cap rises with the logit, so the largest is known before. Not of narrow tiles, which wait for memory.
+  // A soft cap rises with the logit, so that the largest is known before, and what ends the cap's tanh and
+  // what begins the exponential is one fused product. Not where a hidden key's logit would become finite, and
+  // not of narrow tiles, which wait for memory.
   template <int kTokens>
-  static constexpr bool kBends = std::is_same_v<Transform, Capped> && Variant::kSoftmax && kTokens == kTileKv;
+  static constexpr bool kCaps = std::is_same_v<Transform, Capped> && Variant::kSoftmax && kTokens == kTileKv;
 
-  template <int kTokens>
-  __device__ __forceinline__ bool all_bend(const Scores<kTokens>& s, float (&most_of)[2], int token,
-                                           const Capped (&caps)[2]) const {
-    if (masked<kTokens>(token)) return false;  // a hidden key's logit is not to become finite
-    bool bend = true;
+  template <int kTokens, class Caps, class Halfway>
+  __device__ __forceinline__ bool step_capped(Scores<kTokens>& s, float (&keep)[2], const Caps& caps,
+                                              Halfway halfway) {
+    float cap[2], m[2];  // in log2
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      most_of[r] = largest<kTokens>(s, r, max[r] + kSlack < 0.f);
-      // as unsigned integers negative floats are the largest, those furthest from 0 first
-      float below =
-          __int_as_float(most<kTokens>(s, r, [](int x, int y, int z) { return int(__vimax3_u32(x, y, z)); }));
-      float bound = kShortTanh * caps[r].cap;
-      bend &= most_of[r] * p.scale <= bound && fabsf(below) * p.scale <= bound;  // not if one is NaN
-    }
-    return __all_sync(~0u, bend);
-  }
-
-  template <int kTokens, class Halfway>
-  __device__ __forceinline__ bool step_bent(Scores<kTokens>& s, float (&keep)[2], const float (&most_of)[2],
-                                            const Capped (&caps)[2], Halfway halfway) {
-    float share[2], cap[2], m[2];  // what makes scores multiples of the cap; the cap in log2
-    bool outgrown = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      share[r] = p.scale * caps[r].inverse;
       cap[r] = caps[r].cap * kLog2e;
-      m[r] = most_of[r] * share[r];
-      // no less than what it is bent to, and there at once
-      outgrown |= fminf(fmaxf(m[r], 0.f), 1.f) * cap[r] > max[r] + kSlack;
+      m[r] = caps[r](Logit{largest<kTokens>(s, r, true), p.scale}, Position{}) * kLog2e;
     }
-    outgrown = __any_sync(~0u, outgrown);
-    if (outgrown) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) m[r] = short_tanh(m[r]) * cap[r];
-      move_bases(m, keep);
-    }
-    // ptxas computes what it can as early as it can, most polynomials before the first exponential. So each
-    // few wait for those before: nothing is added, but only we know that.
-    float nothing[2] = {max[0] * 0.f, max[1] * 0.f};
-    weigh<kTokens>(s, halfway, [&](float x, int r, int n) {
-      float exponent = fmaf(short_tanh(fmaf(x, share[r], nothing[r])), cap[r], -max[r]);
-      if (n % 2 == 1) nothing[r] = exponent * 0.f;
-      return exponent;
+    bool outgrown = __any_sync(~0u, m[0] > max[0] + kSlack || m[1] > max[1] + kSlack);
+    if (outgrown) move_bases(m, keep);
+    weigh<kTokens>(s, halfway, [&](float x, int r) {
+      return fmaf(caps[r].inverse_of(Logit{x, p.scale}), -2.f * cap[r], cap[r] - max[r]);
     });
     return outgrown;
   }

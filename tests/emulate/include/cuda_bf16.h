@@ -26,10 +26,6 @@ inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned(uint64_t(x) *
 inline int min(int x, int y) { return x < y ? x : y; }
 inline int max(int x, int y) { return x > y ? x : y; }
 inline int __vimax3_s32(int x, int y, int z) { return max(max(x, y), z); }
-inline unsigned __vimax3_u32(unsigned x, unsigned y, unsigned z) {
-  unsigned most = x > y ? x : y;
-  return most > z ? most : z;
-}
 inline unsigned __vimin3_u32(unsigned x, unsigned y, unsigned z) {
   unsigned least = x < y ? x : y;
   return least < z ? least : z;
