@@ -16,6 +16,8 @@ def mark(result: Result) -> str:
     suites = {row["suite"] for row in result["rows"]}
     if suites == {"variants"}:
         return "variant"
+    if suites == {"rope"}:
+        return "rope"
     if not suites & {"serve", "open loop"}:
         return "kernel"
     if "open loop" in suites:
