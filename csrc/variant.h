@@ -294,30 +294,16 @@ FI_HD float inverse_on_gpu(float x) {
 #endif
 
 // cap * tanh(x / cap). On a GPU without the branches of tanhf, which would cost the kernel its registers; the
-// error stays below 1e-6 cap. It rises with x, so the sm90 kernel compares logits before.
+// error stays below 1e-6 cap.
 struct Capped {
-  float cap, inverse;
+  float cap;
 
-  FI_HD explicit Capped(float c) : cap(c) {
-#if defined(__CUDA_ARCH__)
-    inverse = inverse_on_gpu(c);
-#else
-    inverse = 1.f / c;
-#endif
-  }
-  // 1 / (1 + exp(2 x / cap)): tanh is 1 - 2 of it
-  template <class X>
-  FI_HD float inverse_of(X x) const {
-#if defined(__CUDA_ARCH__)
-    return inverse_on_gpu(1.f + exp2_on_gpu(x * (inverse * (2.f * kLog2e))));
-#else
-    return 1.f / (1.f + expf(2.f * inverse * x));
-#endif
-  }
+  FI_HD explicit Capped(float c) : cap(c) {}
   template <class X>
   FI_HD float operator()(X x, Position) const {
 #if defined(__CUDA_ARCH__)
-    return (1.f - 2.f * inverse_of(x)) * cap;  // not cap - 2 cap inverse: a register more
+    float e = exp2_on_gpu(x * __fdividef(2.f * kLog2e, cap));  // tanh(y) = 1 - 2 / (1 + exp(2y))
+    return (1.f - 2.f * inverse_on_gpu(1.f + e)) * cap;        // not cap - 2 cap inverse: a register more
 #else
     return cap * tanhf(x / cap);
 #endif

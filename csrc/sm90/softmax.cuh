@@ -79,9 +79,6 @@ struct RowState {
   // what rows have summed so far is to be multiplied by keep.
   template <int kTokens, class Halfway>
   __device__ __forceinline__ bool step(Scores<kTokens>& s, float (&keep)[2], int token, Halfway halfway) {
-    if constexpr (kCaps<kTokens>) {
-      if (!masked<kTokens>(token)) return step_capped<kTokens>(s, keep, transforms.of_row, halfway);
-    }
     transform<kTokens>(s, token);
     if constexpr (!Variant::kSoftmax) {
       halfway(s[0]);
@@ -92,7 +89,22 @@ struct RowState {
     for (int r = 0; r < 2; ++r) m[r] = __fmul_rn(largest<kTokens>(s, r, max[r] + kSlack < 0.f), to_log2);
     bool outgrown = __any_sync(~0u, m[0] > max[0] + kSlack || m[1] > max[1] + kSlack);
     if (outgrown) move_bases(m, keep);
-    weigh<kTokens>(s, halfway, [&](float x, int r) { return fmaf(x, to_log2, -max[r]); });
+    float sums[2][kChains] = {};
+#pragma unroll
+    for (int n = 0; n < kTokens / 8; ++n) {
+      if (n == kTokens / 16) halfway(sums[0][0] + sums[1][0]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[4 * n + 2 * r + i];
+          x = exp2_approx(fmaf(x, to_log2, -max[r]));
+          sums[r][(2 * n + i) % kChains] += x;
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] += (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
     return outgrown;
   }
 
@@ -119,50 +131,6 @@ struct RowState {
   }
 
  private:
-  // Exponentials of what exponent(score, row) says, and their sums.
-  template <int kTokens, class Halfway, class Exponent>
-  __device__ __forceinline__ void weigh(Scores<kTokens>& s, Halfway halfway, Exponent exponent) {
-    float sums[2][kChains] = {};
-#pragma unroll
-    for (int n = 0; n < kTokens / 8; ++n) {
-      if (n == kTokens / 16) halfway(sums[0][0] + sums[1][0]);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[4 * n + 2 * r + i];
-          x = exp2_approx(exponent(x, r));
-          sums[r][(2 * n + i) % kChains] += x;
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] += (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
-  }
-
-  // A soft cap rises with the logit, so that the largest is known before, and what ends the cap's tanh and
-  // what begins the exponential is one fused product. Not where a hidden key's logit would become finite, and
-  // not of narrow tiles, which wait for memory.
-  template <int kTokens>
-  static constexpr bool kCaps = std::is_same_v<Transform, Capped> && Variant::kSoftmax && kTokens == kTileKv;
-
-  template <int kTokens, class Caps, class Halfway>
-  __device__ __forceinline__ bool step_capped(Scores<kTokens>& s, float (&keep)[2], const Caps& caps,
-                                              Halfway halfway) {
-    float cap[2], m[2];  // in log2
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      cap[r] = caps[r].cap * kLog2e;
-      m[r] = caps[r](Logit{largest<kTokens>(s, r, true), p.scale}, Position{}) * kLog2e;
-    }
-    bool outgrown = __any_sync(~0u, m[0] > max[0] + kSlack || m[1] > max[1] + kSlack);
-    if (outgrown) move_bases(m, keep);
-    weigh<kTokens>(s, halfway, [&](float x, int r) {
-      return fmaf(caps[r].inverse_of(Logit{x, p.scale}), -2.f * cap[r], cap[r] - max[r]);
-    });
-    return outgrown;
-  }
-
   // a logits transform has scaled them
   __device__ __forceinline__ float log2_of_score() const {
     return Variant::kHasLogits ? kLog2e : p.scale * kLog2e;
