@@ -69,6 +69,32 @@ struct KVCache {
   int32_t num_pages;
 };
 
+// Composable formats. A prefix: query tokens of several requests against keys that all of these begin with,
+// read once for all of them. What is left of each request's keys begins where its deepest prefix ends.
+struct Prefix {
+  int32_t first, tokens;     // its requests' query tokens: places [first, first + tokens) of the tree
+  int32_t kv_begin, kv_end;  // keys, multiples of tile_kv; those before kv_begin are its parent's
+  int32_t request;           // the one of them whose page table is read
+  int32_t requests;          // how many they are
+  int32_t parent;            // a prefix before it in the tree; -1: none
+  int32_t depth;             // prefixes above it
+};
+struct Place {  // a query token that reads prefixes
+  int32_t token, request;
+};
+struct PrefixHeader {
+  int32_t prefixes, tokens;  // in use, of PrefixTree::prefixes and places
+  int64_t saved;             // KV tokens of a head that are not read again: sum of (requests - 1) * keys
+};
+// No token has a place twice, and its request's prefixes all hold it; the places of a prefix lie within its
+// parent's.
+struct PrefixTree {  // all null: a single format
+  PrefixHeader* header;
+  Prefix* prefixes;    // [max_requests]
+  int32_t* prefix_of;  // [max_requests] deepest prefix of each request, -1: none
+  Place* places;       // [max_shared_tokens]
+};
+
 constexpr int kMaxVariantBytes = 64;
 
 struct AttentionParams {
