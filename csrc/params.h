@@ -16,15 +16,16 @@ namespace fi {
 // One piece of attention: a tile of packed query rows of one KV head against a range of KV tokens.
 // A packed row is (query token, query head of the group): row = token_in_request * group + head_in_group.
 struct WorkItem {
-  int32_t request;    // index into the batch
+  int32_t request;    // index into the batch; composable formats: the node, see schedule.h
   int32_t row_begin;  // first packed row of the tile, counted from the request's first row
   int32_t kv_head;
   int32_t
       kv_begin;  // KV tokens [kv_begin, kv_end), multiples of tile_kv; clamped to the true kv_len when read.
   int32_t kv_end;  // Plans with a TileList: places in the row tile's list, times tile_kv
-  int32_t slot;    // partial state to write, -1: the tile was not split, write the output directly
+  int32_t slot;    // partial state to write, -1: the tile was not split, write the output directly;
+                   // composable formats: its first row
   int32_t flags;   // ItemFlag
-  int32_t level;   // composable formats; 0 for a single format
+  int32_t level;   // composable formats: prefixes above the node; 0 for a single format
 };
 enum ItemFlag : int32_t {
   kWideTile = 1,    // tile_q_wide rows; otherwise tile_q_narrow
@@ -37,12 +38,13 @@ struct PlanHeader {
   int32_t items;
   int32_t merges;
   int32_t slots;
-  int32_t segments;  // row tiles of one KV head (batch invariant: times their chunks)
-  int64_t slice;     // cost given to one worker
-  int64_t total;     // cost of the whole batch
-  int32_t error;     // 0, or 1: more segments than max_segments, the plan is empty
-  int32_t rounds;    // worker w has the items of slices w, workers + w, ... of worker_indptr, in all rounds
-  int32_t reserved[6];
+  int32_t segments;    // row tiles of one KV head (batch invariant: times their chunks)
+  int64_t slice;       // cost given to one worker
+  int64_t total;       // cost of the whole batch
+  int32_t error;       // 0, or 1: more segments than max_segments, the plan is empty
+  int32_t rounds;      // worker w has the items of slices w, workers + w, ... of worker_indptr, in all rounds
+  int32_t state_rows;  // composable formats: partial states of one KV head's segments
+  int32_t reserved[5];
 };
 
 // BlockSparse as an executor sees it. Entry p of request r lies at
@@ -95,6 +97,21 @@ struct PrefixTree {  // all null: a single format
   Place* places;       // [max_shared_tokens]
 };
 
+// Where a place's rows are among those of one of its nodes, see schedule.h.
+struct Part {
+  int32_t segment;  // the node's first, -1: no more nodes
+  int32_t row;      // 2 * the token's first packed row in the node + whether the node is wide
+};
+// Composable formats, as planner and executors see them.
+struct Levels {
+  PrefixTree tree;        // all null: a single format
+  Part* parts;            // [max_shared_tokens, count] of each place: its request, then prefixes upwards
+  int32_t* segment_rows;  // [max_segments] partial states of KV head 0 before its own; -1: none of its own
+  int32_t* unit_cuts;     // [kv_heads * max_segments + 1] CutCounts before each unit of all heads
+  int32_t count;          // at most, of a row: prefixes and the rest
+  int32_t first_slot;     // slots before it hold the states that segment_rows counts
+};
+
 constexpr int kMaxVariantBytes = 64;
 
 struct AttentionParams {
@@ -126,6 +143,7 @@ struct AttentionParams {
   uint64_t* profile;
   const int32_t* tile_list;  // TileList::tiles; read in builds with kTileList alone, otherwise null
   int32_t tile_list_width;
+  const Levels* levels;  // where the plan lies; read in builds with kLevels alone, otherwise null
 };
 
 // KV append: token i goes to slot_mapping[i] (= page * page_size + offset); negative: skipped.
@@ -176,12 +194,15 @@ struct PlanParams {
   WorkItem* items;         // [max_items]
   WorkItem* merges;        // [max_merges]
   // scratch of the device planner, and what plan.show() reads
-  int64_t* segment_start;    // [max_segments + 1] cost line of one KV head
-  int32_t* segment_request;  // [max_segments]
-  int32_t* segment_tile;     // [max_segments] row tile in its request, or chunk of a chunked one
-  int32_t* chunk_slot;       // [max_segments] slot in KV head 0, -1: not chunked; null unless chunk_tiles > 0
-  int32_t* chunk_merge;      // [max_segments] merge in KV head 0, likewise
-  TileList list;             // written before the planner runs
+  int64_t* segment_start;  // [max_segments + 1] cost line of one KV head
+  int32_t* segment_node;   // [max_segments]
+  int32_t* segment_tile;   // [max_segments] row tile in its request, or chunk of a chunked one
+  int32_t* chunk_slot;     // [max_segments] slot in KV head 0, -1: not chunked; null unless chunk_tiles > 0
+  int32_t* chunk_merge;    // [max_segments] merge in KV head 0, likewise
+  TileList list;           // written before the planner runs
+  Levels levels;           // its tree likewise
+  Levels* levels_for_run;  // where executors find them
+  int32_t* node_segment;   // [2 * max_requests] first segment of each node
 };
 
 // Input of a tile lister: where its planner's list lies, and what the mask is asked with.

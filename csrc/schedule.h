@@ -10,6 +10,11 @@
 // L2 cache. Before the last round cuts fall between segments; each is moved the less the more it was moved in
 // the rounds before, so that a worker's load is never further than one segment from its share, and the last
 // round evens out.
+//
+// Composable formats: the line is made of nodes. A node is a request, as far as its prefixes leave it keys,
+// or a prefix with the rows of all its requests: num_requests + its number in the tree. Rows with prefixes
+// have partial states in several nodes. The first piece of such a unit writes to rows of its segment, others
+// to slots as usual, and all are joined place by place.
 #pragma once
 #include "cost.h"
 #include "params.h"
@@ -52,27 +57,55 @@ FI_HD int32_t last_not_above(const T* values, int32_t n, T x) {
 
 // A row tile of one KV head, or one chunk of it when chunk_tiles is set.
 struct Segment {
-  int32_t request;
+  int32_t node;
   int32_t row_begin;
   int32_t tile_begin;  // KV tiles [tile_begin, tile_begin + tiles)
   int32_t tiles;
   int32_t wide;    // 0 or 1: the executor's code for it; batch invariant: always 1
   int32_t chunk;   // place in its row tile
   int32_t chunks;  // of its row tile; 1: not chunked
+  int32_t rows;    // of those with keys in other nodes; 0: they have none there
+  int32_t level;
 };
 
-struct Rows {  // the packed rows of a request
+struct Rows {  // the packed rows of a node
   int32_t tokens, kv_len;
   int32_t rows;
-  int32_t wide;  // more than one narrow tile
+  int32_t wide;      // more than one narrow tile
+  int32_t kv_begin;  // keys before it are of other nodes
+  int32_t level;
+  int32_t position;  // of the first query token
+  int32_t shared;    // the rows have keys in other nodes
 };
 
+FI_HD bool has_levels(const PlanParams& p) { return p.levels.tree.header != nullptr; }
+FI_HD int32_t node_count(const PlanParams& p) {
+  return p.num_requests + (has_levels(p) ? p.levels.tree.header->prefixes : 0);
+}
+
+// Every row of a prefix sees all its keys: the position is behind them.
+FI_HD Rows rows_of_prefix(const PlanParams& p, const Prefix& prefix) {
+  int32_t rows = prefix.tokens * p.group;
+  return {prefix.tokens,   prefix.kv_end, rows,          rows > p.tile_q_narrow,
+          prefix.kv_begin, prefix.depth,  prefix.kv_end, 1};
+}
+
 // Lengths read on the device cannot be refused: negative ones count as 0, others are clamped to int32.
-FI_HD Rows rows_of(const PlanParams& p, int32_t request) {
-  int64_t tokens = at_least(int64_t(p.qo_indptr[request + 1]) - p.qo_indptr[request], 0);
-  int32_t kv_len = int32_t(at_most(at_least(p.kv_len[request], 0), kMaxKvLen));
+FI_HD Rows rows_of(const PlanParams& p, int32_t node) {
+  if (node >= p.num_requests) return rows_of_prefix(p, p.levels.tree.prefixes[node - p.num_requests]);
+  int64_t tokens = at_least(int64_t(p.qo_indptr[node + 1]) - p.qo_indptr[node], 0);
+  int32_t kv_len = int32_t(at_most(at_least(p.kv_len[node], 0), kMaxKvLen));
   int32_t rows = int32_t(at_most(tokens * p.group, INT32_MAX));
-  return {int32_t(at_most(tokens, INT32_MAX)), kv_len, rows, rows > p.tile_q_narrow};
+  Rows r{int32_t(at_most(tokens, INT32_MAX)), kv_len, rows, rows > p.tile_q_narrow, 0, 0, 0, 0};
+  r.position = r.kv_len - r.tokens;
+  int32_t deepest = has_levels(p) ? p.levels.tree.prefix_of[node] : -1;
+  if (deepest >= 0) {
+    const Prefix& prefix = p.levels.tree.prefixes[deepest];
+    r.kv_begin = prefix.kv_end;
+    r.level = prefix.depth + 1;
+    r.shared = 1;
+  }
+  return r;
 }
 
 FI_HD int32_t row_tiles(const PlanParams& p, const Rows& r) {
@@ -92,22 +125,23 @@ FI_HD bool fits_list(const PlanParams& p, int32_t request, const Rows& r) {
 
 // KV tiles that any row from row_begin to row_last may see, widened to whole tiles. With a list those are its
 // first, second, ...: a segment begins with number 0.
-FI_HD Segment row_tile(const PlanParams& p, int32_t request, const Rows& r, int32_t index) {
+FI_HD Segment row_tile(const PlanParams& p, int32_t node, const Rows& r, int32_t index) {
   int32_t width = r.wide ? p.tile_q_wide : p.tile_q_narrow;
-  int32_t row_begin = index * width, row_last = row_begin + at_most(width, r.rows - row_begin) - 1;
+  int32_t row_begin = index * width, rows = at_most(width, r.rows - row_begin);
   if (p.list.counts) {
-    int64_t line = line_of(p, request, index);
-    return {request, row_begin, 0, line < p.list.lines ? p.list.counts[line] : 0, r.wide, 0, 1};
+    int64_t line = line_of(p, node, index);
+    return {node, row_begin, 0, line < p.list.lines ? p.list.counts[line] : 0, r.wide, 0, 1, 0, 0};
   }
-  int32_t position = r.kv_len - r.tokens;  // of the request's first query token
-  int32_t tile_begin = 0, high = r.kv_len;
+  int32_t tile_begin = quotient32(r.kv_begin, p.tile_kv), high = r.kv_len;
   if (p.window > 0) {
-    int32_t first = at_least(position + quotient32(row_begin, p.group), 0);
+    int32_t first = at_least(r.position + quotient32(row_begin, p.group), 0);
     tile_begin = quotient32(at_least(first - p.window + 1, 0), p.tile_kv);
   }
-  if (p.causal) high = at_least(position + quotient32(row_last, p.group) + 1, 0);
+  if (p.causal) high = at_least(r.position + quotient32(row_begin + rows - 1, p.group) + 1, 0);
+  high = at_least(at_most(high, r.kv_len), r.kv_begin);
   int32_t wide = r.wide || p.chunk_tiles > 0;
-  return {request, row_begin, tile_begin, ceil_div32(high, p.tile_kv) - tile_begin, wide, 0, 1};
+  return {node, row_begin,           tile_begin, ceil_div32(high, p.tile_kv) - tile_begin, wide, 0,
+          1,    r.shared ? rows : 0, r.level};
 }
 
 // Chunks of a narrow tile lie on multiples of chunk_tiles of the request's own keys, whatever the rest of the
@@ -123,18 +157,18 @@ FI_HD Segment chunk_of(const PlanParams& p, Segment tile, int32_t chunk) {
   return tile;
 }
 
-FI_HD int32_t segment_count(const PlanParams& p, int32_t request) {
-  Rows r = rows_of(p, request);
+FI_HD int32_t segment_count(const PlanParams& p, int32_t node) {
+  Rows r = rows_of(p, node);
   if (r.rows == 0) return 0;
-  if (p.list.counts && !fits_list(p, request, r)) return INT32_MAX;  // more than fit: the plan is empty
+  if (p.list.counts && !fits_list(p, node, r)) return INT32_MAX;  // more than fit: the plan is empty
   if (r.wide) return row_tiles(p, r);
-  return chunk_of(p, row_tile(p, request, r, 0), 0).chunks;
+  return chunk_of(p, row_tile(p, node, r, 0), 0).chunks;
 }
 
-// index: of the row tile in its request, or of the chunk in a narrow one
-FI_HD Segment segment_at(const PlanParams& p, int32_t request, int32_t index) {
-  Rows r = rows_of(p, request);
-  return r.wide ? row_tile(p, request, r, index) : chunk_of(p, row_tile(p, request, r, 0), index);
+// index: of the row tile in its node, or of the chunk in a narrow one
+FI_HD Segment segment_at(const PlanParams& p, int32_t node, int32_t index) {
+  Rows r = rows_of(p, node);
+  return r.wide ? row_tile(p, node, r, index) : chunk_of(p, row_tile(p, node, r, 0), index);
 }
 
 FI_HD int64_t cost_of(const PlanParams& p, bool wide, int32_t tiles) {
@@ -145,11 +179,12 @@ FI_HD int64_t segment_cost(const PlanParams& p, const Segment& s) { return cost_
 // The cost line, and where its tables can be read.
 struct Line {
   const int64_t* start;      // [segments + 1] of one KV head
-  const int32_t* request;    // [segments]
+  const int32_t* node;       // [segments]
   const int32_t* tile;       // [segments]
   int32_t segments;          // of one KV head
   int32_t chunked_segments;  // of them, those of row tiles with several chunks: each has a slot
   int32_t chunked_tiles;     // row tiles with several chunks: each has a merge
+  int32_t state_rows;        // partial states of segments
   const int32_t* spread;     // [segments + 1] workers of one KV head before each; null: cut by cost
   int32_t wide;              // segments that are
   int32_t most_tiles[2];     // of a segment: of narrow ones, of wide ones
@@ -196,7 +231,7 @@ struct Price {
 };
 
 FI_HD Price price_of(const PlanParams& p, const Line& line, int32_t s) {
-  bool wide = rows_of(p, line.request[s]).wide;
+  bool wide = rows_of(p, line.node[s]).wide;
   return {line.start[s + 1] - line.start[s], item_cost(p.cost, wide), tile_cost(p.cost, wide)};
 }
 FI_HD int64_t tiles_of(const Price& price) { return quotient(price.all - price.item, price.tile); }
@@ -218,7 +253,7 @@ FI_HD Unit unit_at(const Line& line, int32_t unit) {
 }
 
 FI_HD Segment segment_of(const PlanParams& p, const Line& line, const Unit& u) {
-  return segment_at(p, line.request[u.segment], line.tile[u.segment]);
+  return segment_at(p, line.node[u.segment], line.tile[u.segment]);
 }
 
 // The cut before KV tile `tile` of a unit; 0: before the whole unit.
@@ -245,12 +280,12 @@ FI_HD int64_t begin_of(const Line& line, int32_t unit) {
 }
 
 // Where x lies, 0 <= x < total.
-struct Place {
+struct OnLine {
   int32_t unit, segment;
   int64_t into;
 };
 
-FI_HD Place place_of(const Line& line, int64_t x) {
+FI_HD OnLine place_of(const Line& line, int64_t x) {
   int64_t length = line.start[line.segments];
   int32_t head = int32_t(quotient(x, length));
   int64_t y = x - head * length;
@@ -261,7 +296,7 @@ FI_HD Place place_of(const Line& line, int64_t x) {
 // The unit whose begin is nearest to x, 0 <= x <= total.
 FI_HD int32_t nearest_unit(const PlanParams& p, const Line& line, int64_t x) {
   if (x >= line.total) return p.kv_heads * line.segments;
-  Place at = place_of(line, x);
+  OnLine at = place_of(line, x);
   int64_t rest = line.start[at.segment + 1] - line.start[at.segment] - at.into;
   return at.unit + (at.into > rest ? 1 : 0);
 }
@@ -290,7 +325,7 @@ FI_HD Cut cut_before(const PlanParams& p, const Line& line, int32_t w, int64_t x
   if (line.spread) return spread_cut_before(p, line, w);
   if (p.chunk_tiles > 0) return {nearest_unit(p, line, x), 0};  // segments stay whole
   if (x >= line.total) return {p.kv_heads * line.segments, 0};
-  Place at = place_of(line, x);
+  OnLine at = place_of(line, x);
   Price price = price_of(p, line, at.segment);
   int64_t tile = ceil_div(at_least(at.into - price.item, 0), price.tile);
   if (tile < kMinTiles) return {at.unit, 0};
@@ -315,14 +350,19 @@ FI_HD int32_t slot_before_opener(const Count& n) { return n.inside + n.openers -
 
 FI_HD WorkItem make_item(const PlanParams& p, const Segment& s, int32_t head, int32_t begin, int32_t end,
                          int32_t slot) {
-  int32_t flags = (s.wide ? kWideTile : 0) | (begin == 0 && s.chunk == 0 ? kFirstPiece : 0);
+  bool first = begin == 0 && s.chunk == 0 && s.rows == 0;
+  int32_t flags = (s.wide ? kWideTile : 0) | (first ? kFirstPiece : 0);
   int32_t origin = s.tile_begin;
-  return {s.request, s.row_begin, head, (origin + begin) * p.tile_kv, (origin + end) * p.tile_kv,
-          slot,      flags,       0};
+  return {s.node, s.row_begin, head,   (origin + begin) * p.tile_kv, (origin + end) * p.tile_kv,
+          slot,   flags,       s.level};
 }
 
-FI_HD WorkItem make_merge(const Segment& s, int32_t head, int32_t first_slot, int32_t end_slot) {
-  return {s.request, s.row_begin, head, first_slot, end_slot, -1, s.wide ? kWideTile : 0, 0};
+// Composable formats: rows with keys in other nodes are joined place by place instead, and nobody has merges
+// of theirs.
+FI_HD WorkItem make_merge(const PlanParams& p, const Segment& s, int32_t head, int32_t first_slot,
+                          int32_t end_slot) {
+  int32_t before = p.levels.first_slot, node = s.rows > 0 ? -1 : s.node;
+  return {node, s.row_begin, head, before + first_slot, before + end_slot, -1, s.wide ? kWideTile : 0, 0};
 }
 
 // KV tiles [begin, end) of a unit, as far as it has them.
@@ -350,17 +390,52 @@ FI_HD Piece piece_between(const Cut& left, const Count& left_count, const Cut& r
   return piece;
 }
 
+// Composable formats: in rows of partial states.
+FI_HD int32_t state_row(const PlanParams& p, const Line& line, const Unit& u, const Segment& segment,
+                        const Piece& piece) {
+  if (segment.rows > 0 && piece.begin == 0)
+    return u.head * line.state_rows + p.levels.segment_rows[u.segment];
+  return piece.slot < 0 ? -1 : (p.levels.first_slot + piece.slot) * p.tile_q_wide;
+}
+
 FI_HD WorkItem item_of(const PlanParams& p, const Line& line, const Piece& piece) {
   Unit u = unit_at(line, piece.unit);
   Segment segment = segment_of(p, line, u);
-  return make_item(p, segment, u.head, piece.begin, at_most(piece.end, segment.tiles), piece.slot);
+  int32_t slot = has_levels(p) ? state_row(p, line, u, segment, piece) : piece.slot;
+  return make_item(p, segment, u.head, piece.begin, at_most(piece.end, segment.tiles), slot);
+}
+
+// Composable formats: the first slot of a unit's and how many cuts it has are read off what is written for it
+// and for the next unit. n: cuts of the units before.
+FI_HD void note_cuts(const PlanParams& p, const Piece& piece, const Count& n) {
+  if (piece.begin == 0) p.levels.unit_cuts[piece.unit] = CutCount::of(n.inside, n.openers).packed;
+}
+
+// Composable formats: where the rows of place number i are, node by node.
+FI_HD void find_parts(const PlanParams& p, int32_t i) {
+  const PrefixTree& tree = p.levels.tree;
+  Place place = tree.places[i];
+  int32_t node = place.request, token = place.token - p.qo_indptr[place.request];
+  int32_t prefix = tree.prefix_of[place.request];
+  for (int32_t k = 0; k < p.levels.count; ++k) {
+    Part part{-1, 0};
+    if (node >= 0) {
+      part = {p.node_segment[node], 2 * token * p.group + rows_of(p, node).wide};
+      node = prefix >= 0 ? p.num_requests + prefix : -1;
+      if (prefix >= 0) {
+        token = i - tree.prefixes[prefix].first;
+        prefix = tree.prefixes[prefix].parent;
+      }
+    }
+    p.levels.parts[i * p.levels.count + k] = part;
+  }
 }
 
 // The merge of the unit whose last inside cut is `closer`.
 FI_HD WorkItem merge_at(const PlanParams& p, const Line& line, const Cut& closer, const Count& count,
                         int32_t first_slot) {
   Unit u = unit_at(line, closer.unit);
-  return make_merge(segment_of(p, line, u), u.head, first_slot, slot_after(count) + 1);
+  return make_merge(p, segment_of(p, line, u), u.head, first_slot, slot_after(count) + 1);
 }
 
 // Batch invariant: every unit is an item; chunked row tiles own slots whatever the cuts.
@@ -378,7 +453,7 @@ FI_HD bool chunk_merge(const PlanParams& p, const Line& line, const Unit& u, con
                        WorkItem* merge, int32_t* index) {
   if (segment.chunks == 1 || segment.chunk > 0) return false;
   int32_t first_slot = slot_of(p, line, u);
-  *merge = make_merge(segment, u.head, first_slot, first_slot + segment.chunks);
+  *merge = make_merge(p, segment, u.head, first_slot, first_slot + segment.chunks);
   *index = u.head * line.chunked_tiles + p.chunk_merge[u.segment];
   return true;
 }
@@ -391,8 +466,8 @@ FI_HD PlanHeader make_header(const PlanParams& p, const Line& line, const Count&
   int32_t units = p.kv_heads * line.segments;
   int32_t merges = chunked ? p.kv_heads * line.chunked_tiles : cuts.openers;
   int32_t slots = chunked ? p.kv_heads * line.chunked_segments : cuts.inside + cuts.openers;
-  return {units + cuts.inside, merges, slots, line.segments, line.slice, line.total, overflow,
-          line.rounds,         {}};
+  return {units + cuts.inside, merges,   slots,       line.segments,   line.slice,
+          line.total,          overflow, line.rounds, line.state_rows, {}};
 }
 
 }  // namespace fi

@@ -43,6 +43,15 @@ FI_HD constexpr int64_t tile_lines(int64_t requests, int64_t rows, int64_t q_wid
   return requests + rows / q_wide;
 }
 
+// Cuts of the units before one: how many, and how many of them are the first of theirs.
+struct CutCount {
+  int32_t packed;
+
+  FI_HD static CutCount of(int32_t cuts, int32_t openers) { return {cuts << 16 | openers}; }
+  FI_HD int32_t cuts() const { return packed >> 16; }
+  FI_HD int32_t slots() const { return cuts() + (packed & 0xffff); }  // that they take
+};
+
 // An entry of a TileList: 2 * KV tile + whether every row of the row tile sees all of the tile's keys, so
 // that the mask need not be asked.
 struct ListedTile {

@@ -101,7 +101,7 @@ class _Layout(NamedTuple):
     worker_indptr: int
     merges: int
     segment_start: int
-    segment_request: int
+    segment_node: int
     segment_tile: int
     chunk_slot: int
     chunk_merge: int

@@ -11,18 +11,23 @@ namespace {
 bool build_line(const PlanParams& p, Line* line) {
   int64_t cost = 0, segments = 0;
   bool fits = true;
-  for (int32_t r = 0; r < p.num_requests && fits; ++r) {
-    int64_t count = segment_count(p, r);
+  for (int32_t node = 0; node < node_count(p) && fits; ++node) {
+    int64_t count = segment_count(p, node);
     fits = segments + count <= p.max_segments;
+    if (has_levels(p)) p.node_segment[node] = int32_t(segments);
     for (int32_t i = 0; fits && i < count; ++i, ++segments) {
-      Segment segment = segment_at(p, r, i);
+      Segment segment = segment_at(p, node, i);
       p.segment_start[segments] = cost;
-      p.segment_request[segments] = r;
+      p.segment_node[segments] = node;
       p.segment_tile[segments] = i;
       cost += segment_cost(p, segment);
       int32_t& most = line->most_tiles[segment.wide];
       most = at_least(most, segment.tiles);
       line->wide += segment.wide;
+      if (has_levels(p)) {
+        p.levels.segment_rows[segments] = segment.rows > 0 ? line->state_rows : -1;
+        line->state_rows += segment.rows;
+      }
       if (p.chunk_tiles > 0) {
         Count count = chunk_count(segment);
         p.chunk_slot[segments] = count.inside ? line->chunked_segments : -1;
@@ -35,10 +40,10 @@ bool build_line(const PlanParams& p, Line* line) {
   if (!fits) {
     cost = segments = 0;
     line->chunked_segments = line->chunked_tiles = 0;
-    line->most_tiles[0] = line->most_tiles[1] = line->wide = 0;
+    line->most_tiles[0] = line->most_tiles[1] = line->wide = line->state_rows = 0;
   }
   line->start = p.segment_start;
-  line->request = p.segment_request;
+  line->node = p.segment_node;
   line->tile = p.segment_tile;
   line->segments = int32_t(segments);
   p.segment_start[segments] = cost;
@@ -74,7 +79,11 @@ void plan_host(const PlanParams& p) {
   Cut left = begin_of_worker(0);
   Count left_count{};
   int32_t first_slot = 0;
-  for (int32_t unit = 0; unit < left.unit; ++unit) p.items[unit] = item_of(p, line, whole(unit));
+  auto write_item = [&](int32_t at, const Piece& piece, const Count& before) {
+    p.items[at] = item_of(p, line, piece);
+    if (has_levels(p)) note_cuts(p, piece, before);
+  };
+  for (int32_t unit = 0; unit < left.unit; ++unit) write_item(unit, whole(unit), {});
   int32_t* last_round = p.worker_indptr + (line.rounds - 1) * p.workers;
   last_round[0] = left.unit;
   for (int32_t w = 1; w <= p.workers; ++w) {
@@ -87,14 +96,18 @@ void plan_host(const PlanParams& p) {
     if (step.openers) first_slot = slot_before_opener(right_count);
     int32_t begin = first_item(left, left_count), end = first_item(right, right_count);
     for (int32_t i = begin; p.chunk_tiles == 0 && i < end; ++i) {
-      p.items[i] =
-          item_of(p, line, piece_between(left, left_count, right, right_count, i - begin, end - begin));
+      write_item(i, piece_between(left, left_count, right, right_count, i - begin, end - begin), left_count);
     }
     last_round[w] = end;
     left = right;
     left_count = right_count;
   }
   *p.header = make_header(p, line, left_count, !fits);
+  if (has_levels(p)) {
+    note_cuts(p, whole(p.kv_heads * line.segments), left_count);
+    for (int32_t i = 0; fits && i < p.levels.tree.header->tokens; ++i) find_parts(p, i);
+    *p.levels_for_run = p.levels;
+  }
   for (int32_t unit = 0; p.chunk_tiles > 0 && unit < p.header->items; ++unit) {
     Unit u = unit_at(line, unit);
     Segment segment = segment_of(p, line, u);

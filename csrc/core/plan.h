@@ -15,6 +15,9 @@ struct PlanConfig {
   int64_t max_requests, max_tokens;
   int64_t max_kv_len;  // tokens, 0: unbounded (not when batch invariant or listed)
   int64_t listed;      // 0 or 1: KV tiles are those of a TileList
+  int64_t levels;      // of composable formats: prefixes above one another, and the rest; 1: a single format
+  int64_t max_shared_tokens;  // query tokens with prefixes
+  PrefixTree tree;            // of composable formats: where it is written before the planner runs
 };
 
 // Capacities, and byte offsets into the plan buffer (64-byte aligned). Items come last of what a planner
@@ -23,8 +26,10 @@ struct PlanLayout {
   int64_t max_segments, max_items, max_slots, max_merges;
   int64_t max_slices;              // of the line: workers, times the rounds that the executor can walk
   int64_t list_lines, list_width;  // of the TileList, 0: none
-  int64_t worker_indptr, merges, segment_start, segment_request, segment_tile, chunk_slot, chunk_merge, items;
+  int64_t worker_indptr, merges, segment_start, segment_node, segment_tile, chunk_slot, chunk_merge, items;
   int64_t list_counts, list_tiles;
+  int64_t first_slot;  // composable formats: see Levels
+  int64_t levels_for_run, node_segment, parts, segment_rows, unit_cuts;
   int64_t bytes;
 };
 

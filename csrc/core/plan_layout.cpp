@@ -41,6 +41,11 @@ void check_config(const PlanConfig& c) {
   require(
       !c.listed || c.chunk_tiles == 0,  // chunks lie on multiples of the keys, not of what is left of them
       "expected batch_invariant or skip, got both");
+  require_between("levels", c.levels, 1, 32);
+  require(c.levels == 1 || (c.chunk_tiles == 0 && !c.listed && c.window == 0),
+          "expected levels, batch_invariant, skip or window, got levels of ", c.levels, " and another");
+  require(c.levels == 1 || c.tree.header, "expected a prefix tree with levels of ", c.levels, ", got none");
+  require_between("max_shared_tokens", c.max_shared_tokens, 0, c.levels > 1 ? c.max_tokens : 0);
   require(c.max_tokens * c.group <= kAny - c.tile_q_wide,  // the end of a last tile that is not full
           "expected max_tokens * group of at most ", kAny - c.tile_q_wide, ", got ", c.max_tokens, " * ",
           c.group);
@@ -74,6 +79,8 @@ PlanLayout plan_layout(const PlanConfig& c) {
   int64_t chunks = most_chunks(c);
   int64_t tiles = std::min(c.max_tokens * ceil_div(c.group, c.tile_q_wide),
                            (c.max_tokens * c.group + requests * (c.tile_q_wide - 1)) / c.tile_q_wide);
+  int64_t shared_rows = c.levels > 1 ? c.max_shared_tokens * c.group * c.levels : 0;  // of one KV head
+  if (c.levels > 1) tiles += c.max_requests + shared_rows / c.tile_q_wide;
   l.max_segments = tiles + narrow * (chunks - 1);
   require_items(l.max_segments);  // or the products below could overflow
   if (c.chunk_tiles > 0) {
@@ -86,7 +93,11 @@ PlanLayout plan_layout(const PlanConfig& c) {
     l.max_items = l.max_segments * c.kv_heads + c.workers - 1;
   }
   l.max_slices = max_rounds_for(int(c.room)) * c.workers;
+  l.first_slot = ceil_div(shared_rows * c.kv_heads, c.tile_q_wide);
   require_items(std::max(l.max_items, l.max_slots));
+  require(l.first_slot + l.max_slots <= INT32_MAX / c.tile_q_wide,
+          "expected fewer than 2^31 rows of partial states, got up to ", l.first_slot + l.max_slots, " * ",
+          c.tile_q_wide, ": lower max_shared_tokens or levels");
 
   if (c.listed) {
     l.list_lines = tile_lines(c.max_requests, c.max_tokens * c.group, c.tile_q_wide);
@@ -107,13 +118,20 @@ PlanLayout plan_layout(const PlanConfig& c) {
   l.worker_indptr = section((l.max_slices + 1) * sizeof(int32_t));
   l.merges = section(l.max_merges * sizeof(WorkItem));
   l.segment_start = section((l.max_segments + 1) * sizeof(int64_t));
-  l.segment_request = section(l.max_segments * sizeof(int32_t));
+  l.segment_node = section(l.max_segments * sizeof(int32_t));
   l.segment_tile = section(l.max_segments * sizeof(int32_t));
   l.chunk_slot = section(chunked * sizeof(int32_t));
   l.chunk_merge = section(chunked * sizeof(int32_t));
   l.items = section(l.max_items * sizeof(WorkItem));
   l.list_counts = section(l.list_lines * sizeof(int32_t));
   l.list_tiles = section(l.list_lines * l.list_width * sizeof(int32_t));
+  if (c.levels > 1) {
+    l.levels_for_run = section(sizeof(Levels));
+    l.node_segment = section(2 * c.max_requests * sizeof(int32_t));
+    l.parts = section(c.max_shared_tokens * c.levels * sizeof(Part));
+    l.segment_rows = section(l.max_segments * sizeof(int32_t));
+    l.unit_cuts = section((l.max_segments * c.kv_heads + 1) * sizeof(int32_t));
+  }
   l.bytes = end;
   return l;
 }
@@ -158,7 +176,7 @@ PlanParams plan_params(const PlanConfig& c, const PlanLayout& l, char* buffer, c
   p.worker_indptr = reinterpret_cast<int32_t*>(buffer + l.worker_indptr);
   p.merges = reinterpret_cast<WorkItem*>(buffer + l.merges);
   p.segment_start = reinterpret_cast<int64_t*>(buffer + l.segment_start);
-  p.segment_request = reinterpret_cast<int32_t*>(buffer + l.segment_request);
+  p.segment_node = reinterpret_cast<int32_t*>(buffer + l.segment_node);
   p.segment_tile = reinterpret_cast<int32_t*>(buffer + l.segment_tile);
   if (p.chunk_tiles > 0) {
     p.chunk_slot = reinterpret_cast<int32_t*>(buffer + l.chunk_slot);
@@ -169,6 +187,16 @@ PlanParams plan_params(const PlanConfig& c, const PlanLayout& l, char* buffer, c
     p.list = {reinterpret_cast<int32_t*>(buffer + l.list_counts),
               reinterpret_cast<int32_t*>(buffer + l.list_tiles), int32_t(l.list_lines),
               int32_t(l.list_width)};
+  }
+  if (c.levels > 1) {
+    p.levels = {c.tree,
+                reinterpret_cast<Part*>(buffer + l.parts),
+                reinterpret_cast<int32_t*>(buffer + l.segment_rows),
+                reinterpret_cast<int32_t*>(buffer + l.unit_cuts),
+                int32_t(c.levels),
+                int32_t(l.first_slot)};
+    p.levels_for_run = reinterpret_cast<Levels*>(buffer + l.levels_for_run);
+    p.node_segment = reinterpret_cast<int32_t*>(buffer + l.node_segment);
   }
   return p;
 }

@@ -56,7 +56,7 @@ struct QueryProducer {
       __syncwarp();
       smem.wait_q_empty(n);
       if (item < end && task.end > task.begin) {
-        if (!Variant::kHasQuery && params.q_boxes && task.wide) {
+        if (!Variant::kHasQuery && params.q_boxes && task.wide && !task.scattered()) {
           if (lane == 0) load_boxes(task, smem.q(n), smem.q_full(n));
         } else {
           load_rows(task, smem.q(n));
@@ -92,7 +92,7 @@ struct QueryProducer {
     for (int index = lane; index < rows * kChunks; index += 32) {
       int row = index / kChunks, chunk = index % kChunks;
       int packed = min(task.begin + row, task.end - 1);
-      const Element* src = q + (task.q_first + task.token_of(p, packed)) * p.q_token +
+      const Element* src = q + task.query_token(p, packed) * p.q_token +
                            task.head_of(p, packed) * p.q_head + chunk * 8;
       copy_async_16(dst + chunk_offset<kTileQ>(row, chunk), src, true);
     }

@@ -83,6 +83,26 @@ __device__ __forceinline__ State join_states(const AttentionParams& p, int begin
   return state;
 }
 
+// The row of one query head, its states joined.
+template <class Element, class Variant, int kDimVo, class Args>
+__device__ __forceinline__ void write_merged(const AttentionParams& p, const Args& args, const Row& row,
+                                             int64_t q_token, int head, State joined,
+                                             const Columns<kDimVo>& o) {
+  int lane = threadIdx.x % 32;
+  float factor = joined.finish<Variant>(args, head);
+  if (p.lse && lane == 0) p.lse[q_token * (p.kv_heads * p.group) + head] = joined.lse() * kLn2;
+  Element* out = static_cast<Element*>(p.out) + q_token * p.o_token + head * p.o_head;
+#pragma unroll
+  for (int v = 0; v < sizeof(o) / sizeof(float4); ++v) {
+    int column = 4 * lane + 128 * v;
+    if (column >= kDimVo) continue;
+    out[column] = Element(Variant::output(args, o[v].x * factor, row, column));
+    out[column + 1] = Element(Variant::output(args, o[v].y * factor, row, column + 1));
+    out[column + 2] = Element(Variant::output(args, o[v].z * factor, row, column + 2));
+    out[column + 3] = Element(Variant::output(args, o[v].w * factor, row, column + 3));
+  }
+}
+
 // wait: returns when the partial states are there; what the plan says is read before.
 template <class Element, class Variant, class Args, bool kInOrder, bool kProfile, int kTileQ,
           int kTileQNarrow, int kDimVo, class Wait>
@@ -93,6 +113,7 @@ __device__ __forceinline__ void merge_rows(const AttentionParams& p, Wait wait) 
   bool failed = p.header->error, waited = false;
   for (int m = blockIdx.x; m < merges; m += gridDim.x) {
     WorkItem item = p.merges[m];
+    if (item.request < 0) continue;  // composable formats: merge_places joins these
     int q_first = p.batch.qo_indptr[item.request];
     int q_len = p.batch.qo_indptr[item.request + 1] - q_first;
     int tile_rows = item.flags & kWideTile ? kTileQ : kTileQNarrow;
@@ -106,24 +127,12 @@ __device__ __forceinline__ void merge_rows(const AttentionParams& p, Wait wait) 
       State joined = kInOrder ? join_states<kDimVo>(p, begin, end, row_of_tile, o)
                               : weigh_states<kDimVo>(p, begin, end, row_of_tile, o);
       int token = packed / p.group, head = item.kv_head * p.group + packed - token * p.group;
-      int64_t q_token = q_first + token;
-      float factor = joined.finish<Variant>(args, head);
-      if (p.lse && lane == 0) p.lse[q_token * (p.kv_heads * p.group) + head] = joined.lse() * kLn2;
-      Element* out = static_cast<Element*>(p.out) + q_token * p.o_token + head * p.o_head;
       Row row{};  // read by output transforms alone
       if constexpr (Variant::kHasOutput) {
         int kv_len = p.batch.kv_len[item.request];
         row = {item.request, head, kv_len - q_len + token, kv_len, q_len, q_first + token};
       }
-#pragma unroll
-      for (int v = 0; v < sizeof(o) / sizeof(float4); ++v) {
-        int column = 4 * lane + 128 * v;
-        if (column >= kDimVo) continue;
-        out[column] = Element(Variant::output(args, o[v].x * factor, row, column));
-        out[column + 1] = Element(Variant::output(args, o[v].y * factor, row, column + 1));
-        out[column + 2] = Element(Variant::output(args, o[v].z * factor, row, column + 2));
-        out[column + 3] = Element(Variant::output(args, o[v].w * factor, row, column + 3));
-      }
+      write_merged<Element, Variant, kDimVo>(p, args, row, q_first + token, head, joined, o);
     }
     if constexpr (kProfile) __syncthreads();  // the last warp is done
     if (threadIdx.x == 0) ItemTimer<kProfile>::stop(p, p.header->items + m);

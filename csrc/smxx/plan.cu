@@ -10,22 +10,27 @@ namespace fi::smxx {
 
 constexpr int kPlanThreads = 1024;
 
-template <bool kChunked, bool kListed>
+enum class Kind { kSimple, kChunked, kListed, kLevels };
+
+template <Kind kKind>
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ PlanParams params) {
   __shared__ PlanShared<kPlanThreads> shared;
   PlanParams p = params;  // a copy, of which the compiler knows the kind: what is not for it is left out
-  p.chunk_tiles = kChunked ? kChunkTiles : 0;
-  if (!kListed) p.list = {};
+  p.chunk_tiles = kKind == Kind::kChunked ? kChunkTiles : 0;
+  if (kKind != Kind::kListed) p.list = {};
+  if (kKind != Kind::kLevels) p.levels = {};
   plan_block<kPlanThreads>(p, shared);
 }
 
 }  // namespace fi::smxx
 
 extern "C" int fi_plan(const fi::PlanParams* params, void* stream) {
-  auto kernel = params->chunk_tiles > 0 ? fi::smxx::plan_kernel<true, false>
-                : params->list.counts   ? fi::smxx::plan_kernel<false, true>
-                                        : fi::smxx::plan_kernel<false, false>;
-  kernel<<<1, fi::smxx::kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(*params);
+  using namespace fi::smxx;
+  auto kernel = params->chunk_tiles > 0      ? plan_kernel<Kind::kChunked>
+                : params->list.counts        ? plan_kernel<Kind::kListed>
+                : params->levels.tree.header ? plan_kernel<Kind::kLevels>
+                                             : plan_kernel<Kind::kSimple>;
+  kernel<<<1, kPlanThreads, 0, static_cast<cudaStream_t>(stream)>>>(*params);
   return cudaGetLastError();
 }
 

@@ -57,9 +57,9 @@ template <int kThreads>
 struct PlanShared {
   int64_t sums[32];
   int64_t start[kSharedSegments + 1];
-  int32_t request[kSharedSegments];
+  int32_t node[kSharedSegments];
   int32_t tile[kSharedSegments];
-  int32_t first[kThreads];  // first segment of each request of this round
+  int32_t first[kThreads];  // first segment of each node of this round
   Cut cut[kMaxWorkers + 1];
   Count count[kMaxWorkers + 1];
   int32_t indptr[kMaxWorkers + 1];
@@ -71,32 +71,35 @@ struct PlanShared {
   int32_t wide;
 };
 
-// Segments of one KV head, kThreads requests a round and kThreads segments at a time.
+// Segments of one KV head, kThreads nodes a round and kThreads segments at a time.
 template <int kThreads>
 __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThreads>& shared,
                                            bool* overflow) {
   int tid = threadIdx.x;
-  int64_t segments = 0, cost = 0, chunked = 0;
+  int64_t segments = 0, cost = 0, chunked = 0, state_rows = 0;
+  const int32_t all = node_count(p);
   int32_t most_narrow = 0, most_wide = 0, wide = 0;
   // the scans below are barriers
   if (tid == 0) shared.most_tiles[0] = shared.most_tiles[1] = shared.wide = 0;
-  for (int32_t r0 = 0; r0 < p.num_requests; r0 += kThreads) {
-    int32_t requests = at_most(p.num_requests - r0, kThreads);
-    auto [first, round] = scan<kThreads>(tid < requests ? segment_count(p, r0 + tid) : 0, shared.sums);
+  for (int32_t node0 = 0; node0 < all; node0 += kThreads) {
+    int32_t nodes = at_most(all - node0, kThreads);
+    auto [first, round] = scan<kThreads>(tid < nodes ? segment_count(p, node0 + tid) : 0, shared.sums);
     shared.first[tid] = int32_t(at_most(first, INT32_MAX));
+    if (has_levels(p) && tid < nodes)
+      p.node_segment[node0 + tid] = int32_t(at_most(segments + first, INT32_MAX));
     __syncthreads();
     // lengths are not to be trusted
     int32_t room = int32_t(at_most(round, p.max_segments - segments));
     for (int32_t i0 = 0; i0 < room; i0 += kThreads) {
       int32_t i = i0 + tid, s = int32_t(segments) + i;
-      int32_t request = 0, index = 0;
+      int32_t node = 0, index = 0;
       Segment segment{};
       int64_t own = 0, own_chunked = 0;
       if (i < room) {
-        int32_t nth = last_not_above(shared.first, requests, i);
-        request = r0 + nth;
+        int32_t nth = last_not_above(shared.first, nodes, i);
+        node = node0 + nth;
         index = i - shared.first[nth];
-        segment = segment_at(p, request, index);
+        segment = segment_at(p, node, index);
         own = segment_cost(p, segment);
         most_narrow = at_least(most_narrow, segment.wide ? 0 : segment.tiles);
         most_wide = at_least(most_wide, segment.wide ? segment.tiles : 0);
@@ -108,13 +111,18 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
       cost += costs.sum;
       if (i < room) {
         p.segment_start[s] = start;
-        p.segment_request[s] = request;
+        p.segment_node[s] = node;
         p.segment_tile[s] = index;
         if (s < kSharedSegments) {
           shared.start[s] = start;
-          shared.request[s] = request;
+          shared.node[s] = node;
           shared.tile[s] = index;
         }
+      }
+      if (has_levels(p)) {
+        Scan rows = scan<kThreads>(segment.rows, shared.sums);
+        if (i < room) p.levels.segment_rows[s] = segment.rows > 0 ? int32_t(state_rows + rows.before) : -1;
+        state_rows += rows.sum;
       }
       if (p.chunk_tiles > 0) {
         Scan chunks = scan<kThreads>(own_chunked, shared.sums);
@@ -132,7 +140,7 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   }
   *overflow = segments > p.max_segments;
   if (*overflow) {
-    segments = cost = chunked = 0;
+    segments = cost = chunked = state_rows = 0;
   } else {
     raise(&shared.most_tiles[0], most_narrow);
     raise(&shared.most_tiles[1], most_wide);
@@ -146,9 +154,10 @@ __device__ __forceinline__ Line build_line(const PlanParams& p, PlanShared<kThre
   __syncthreads();
   Line line{};
   line.start = fits ? shared.start : p.segment_start;
-  line.request = fits ? shared.request : p.segment_request;
+  line.node = fits ? shared.node : p.segment_node;
   line.tile = fits ? shared.tile : p.segment_tile;
   line.segments = int32_t(segments);
+  line.state_rows = int32_t(state_rows);
   line.chunked_segments = unpack(chunked).inside;
   line.chunked_tiles = unpack(chunked).openers;
   line.most_tiles[0] = shared.most_tiles[0];
@@ -233,13 +242,23 @@ __device__ __forceinline__ void plan_block(const PlanParams& p, PlanShared<kThre
       continue;
     }
     Piece piece = whole(i);
+    Count before{};
     if (i >= shared.indptr[0]) {  // before the last round no segment is cut
       int32_t worker = last_not_above(shared.indptr, p.workers, i);
+      before = shared.count[worker];
       piece = piece_between(shared.cut[worker], shared.count[worker], shared.cut[worker + 1],
                             shared.count[worker + 1], i - shared.indptr[worker],
                             shared.indptr[worker + 1] - shared.indptr[worker]);
     }
     store(p.items + i, item_of(p, line, piece));
+    if (has_levels(p)) note_cuts(p, piece, before);
+  }
+  if (has_levels(p)) {
+    if (w == 0) {
+      note_cuts(p, whole(p.kv_heads * line.segments), unpack(counts.sum));
+      *p.levels_for_run = p.levels;
+    }
+    for (int32_t i = w; !overflow && i < p.levels.tree.header->tokens; i += kThreads) find_parts(p, i);
   }
 }
 

@@ -18,6 +18,7 @@ using Element = __half;
 using Args = spec::Args;
 using Variant = spec::Variant;
 using spec::kBatchInvariant;
+using spec::kLevels;
 using spec::kProfile;
 using spec::kTileList;
 

@@ -23,7 +23,7 @@ struct RowTarget {
       : args(args), row(task.row(p, packed)) {
     State row_state = State::of<Variant>(max_log2, sum);
     if (task.slot >= 0) {
-      int64_t state = int64_t(task.slot) * p.partial_rows + packed - task.begin;
+      int64_t state = (kLevels ? task.slot : int64_t(task.slot) * p.partial_rows) + packed - task.begin;
       out = nullptr;
       partial = p.partial_o + state * kDimVo;
       if (leader) p.partial_lse[state] = row_state.lse();

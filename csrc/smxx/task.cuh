@@ -38,11 +38,32 @@ struct KvTiles<true> {
   __device__ __forceinline__ bool whole(int tile) const { return ListedTile{list[tile]}.whole(); }
 };
 
-struct Task : KvTiles<kTileList> {
+// The query tokens of a task: its request's, one behind the other, or places of a prefix.
+template <bool kLevels>
+struct QueryTokens {
+  __device__ __forceinline__ const Prefix* find_prefix(const AttentionParams&, int) { return nullptr; }
+  __device__ __forceinline__ bool scattered() const { return false; }
+  __device__ __forceinline__ int token_at(int place) const { return place; }
+};
+
+template <>
+struct QueryTokens<true> {
+  const Place* places;  // null: the request's
+
+  __device__ __forceinline__ const Prefix* find_prefix(const AttentionParams& p, int node) {
+    bool prefix = node >= p.batch.num_requests;
+    places = prefix ? p.levels->tree.places : nullptr;
+    return prefix ? p.levels->tree.prefixes + (node - p.batch.num_requests) : nullptr;
+  }
+  __device__ __forceinline__ bool scattered() const { return places; }
+  __device__ __forceinline__ int token_at(int place) const { return places ? places[place].token : place; }
+};
+
+struct Task : KvTiles<kTileList>, QueryTokens<kLevels> {
   const Element *k, *v;    // of the KV head
   const int32_t* entries;  // the request's row of the page table
   int32_t request, kv_head;
-  int32_t q_first;  // first query token of the request
+  int32_t q_first;  // first query token of the request; of a prefix: its first place
   int32_t q_pos;    // its position among the keys
   int32_t kv_len;
   int32_t begin, end;  // packed rows of the tile; none: nothing to do
@@ -61,6 +82,8 @@ struct Task : KvTiles<kTileList> {
         slot(item.slot),
         wide(item.flags & kWideTile),
         per_group(0xffffffffu / p.group + 1) {
+    const Prefix* prefix = find_prefix(p, item.request);
+    if (kLevels && prefix) request = prefix->request;
     k = static_cast<const Element*>(p.kv.k) + kv_head * p.kv.k_head;
     v = static_cast<const Element*>(p.kv.v) + kv_head * p.kv.v_head;
     int64_t start = request;
@@ -72,12 +95,21 @@ struct Task : KvTiles<kTileList> {
     q_first = p.batch.qo_indptr[request];
     int q_len = p.batch.qo_indptr[request + 1] - q_first;
     kv_len = p.batch.kv_len[request];
+    if (kLevels && prefix) {
+      q_first = prefix->first;
+      q_len = prefix->tokens;
+      kv_len = prefix->kv_end;
+    }
     q_pos = kv_len - q_len;
     end = min(q_len * p.group, begin + (wide ? kTileQ : kTiles.q_narrow));
     if (end <= begin) return;
     // Key ranges grow with the position, so the first and the last row bound the tile's.
     key_begin = Variant::keys(args, row(p, begin)).begin;
     key_end = Variant::keys(args, row(p, end - 1)).end;
+    if (kLevels && prefix) {  // rows of many requests, each with a range of its own
+      key_begin = prefix->kv_begin;
+      key_end = prefix->kv_end;
+    }
     if constexpr (kTileList) {
       find_list(p, item, q_first);
       tiles = (item.kv_end - item.kv_begin) / kTileKv;
@@ -113,11 +145,22 @@ struct Task : KvTiles<kTileList> {
   __device__ __forceinline__ int head_of(const AttentionParams& p, int packed) const {
     return kv_head * p.group + packed - token_of(p, packed) * p.group;
   }
+  __device__ __forceinline__ int query_token(const AttentionParams& p, int packed) const {
+    return token_at(q_first + token_of(p, packed));
+  }
   // rows past the end repeat the last one
   __device__ __forceinline__ Row row(const AttentionParams& p, int packed) const {
     packed = min(packed, end - 1);
+    if constexpr (kLevels) {
+      if (places) return row_of_place(p, places[q_first + token_of(p, packed)], head_of(p, packed));
+    }
     return {request, head_of(p, packed), q_pos + token_of(p, packed),
             kv_len,  kv_len - q_pos,     q_first + token_of(p, packed)};
+  }
+  __device__ __forceinline__ static Row row_of_place(const AttentionParams& p, const Place& at, int head) {
+    int first = p.batch.qo_indptr[at.request], q_len = p.batch.qo_indptr[at.request + 1] - first;
+    int keys = p.batch.kv_len[at.request];
+    return {at.request, head, keys - q_len + at.token - first, keys, q_len, at.token};
   }
   __device__ __forceinline__ TokenPlace find(const AttentionParams& p, int token) const {
     if (token < key_begin || token >= key_end) return {-1, 0};
