@@ -245,12 +245,12 @@ FI_HD int64_t begin_of(const Line& line, int32_t unit) {
 }
 
 // Where x lies, 0 <= x < total.
-struct Place {
+struct OnLine {
   int32_t unit, segment;
   int64_t into;
 };
 
-FI_HD Place place_of(const Line& line, int64_t x) {
+FI_HD OnLine place_of(const Line& line, int64_t x) {
   int64_t length = line.start[line.segments];
   int32_t head = int32_t(quotient(x, length));
   int64_t y = x - head * length;
@@ -261,7 +261,7 @@ FI_HD Place place_of(const Line& line, int64_t x) {
 // The unit whose begin is nearest to x, 0 <= x <= total.
 FI_HD int32_t nearest_unit(const PlanParams& p, const Line& line, int64_t x) {
   if (x >= line.total) return p.kv_heads * line.segments;
-  Place at = place_of(line, x);
+  OnLine at = place_of(line, x);
   int64_t rest = line.start[at.segment + 1] - line.start[at.segment] - at.into;
   return at.unit + (at.into > rest ? 1 : 0);
 }
@@ -290,7 +290,7 @@ FI_HD Cut cut_before(const PlanParams& p, const Line& line, int32_t w, int64_t x
   if (line.spread) return spread_cut_before(p, line, w);
   if (p.chunk_tiles > 0) return {nearest_unit(p, line, x), 0};  // segments stay whole
   if (x >= line.total) return {p.kv_heads * line.segments, 0};
-  Place at = place_of(line, x);
+  OnLine at = place_of(line, x);
   Price price = price_of(p, line, at.segment);
   int64_t tile = ceil_div(at_least(at.into - price.item, 0), price.tile);
   if (tile < kMinTiles) return {at.unit, 0};
