@@ -1,0 +1,131 @@
+#include "prefix.h"
+
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+namespace fi {
+namespace {
+
+template <class... T>
+void require(bool holds, const T&... words) {
+  if (holds) return;
+  std::ostringstream text;
+  (text << ... << words);
+  throw std::invalid_argument(text.str());
+}
+
+void require_between(const char* name, int64_t value, int64_t low, int64_t high) {
+  require(low <= value && value <= high, "expected ", name, " from ", low, " to ", high, ", got ", value);
+}
+
+void check_config(const PrefixConfig& c) {
+  constexpr int64_t kAny = INT32_MAX;
+  require_between("q_heads / kv_heads", c.group, 1, kAny);
+  require_between("kv_heads", c.kv_heads, 1, kAny);
+  require_between("head_dim", c.head_dim_qk, 1, kAny);
+  require_between("head_dim_vo", c.head_dim_vo, 1, kAny);
+  require_between("tile_kv", c.tile_kv, 1, kMaxKvLen);
+  require_between("max_requests", c.max_requests, 1, kAny);
+  require(!c.on_device || c.max_requests <= kDeviceFinderRequests, "expected max_requests of at most ",
+          kDeviceFinderRequests, " (whose prefixes a GPU can find), got ", c.max_requests);
+  require(c.max_requests <= c.max_shared_tokens && c.max_shared_tokens <= kAny,
+          "expected max_shared_tokens from ", c.max_requests, " (max_requests) to ", kAny, ", got ",
+          c.max_shared_tokens);
+  require_between("max_kv_len", c.max_kv_len, 1, kMaxKvLen);
+  require_between("max_depth", c.max_depth, 1, kMaxPrefixDepth);
+}
+
+// For each request the first of those before it with which it has most tiles in common.
+Attachment attach(const FindParams& p, int32_t request) {
+  int32_t most = 0, to = -1;
+  for (int32_t s = 0; s < request; ++s) {
+    int32_t tiles = common_tiles(p, request, s);
+    if (tiles > most) most = tiles, to = s;
+  }
+  if (most == 0) return {-1, 0};
+  Entries a = entries_of(p.batch, request), b = entries_of(p.batch, to);
+  int32_t entries = entries_for(p, most), same = 0;
+  while (same < entries && a[same] == b[same]) ++same;
+  return attachment(p, to, most, same);
+}
+
+void hash(const FindParams& p, int32_t request) {
+  p.tiles[request] = sharing_tiles(p, request);
+  Entries entries = entries_of(p.batch, request);
+  int64_t sum = 0;
+  for (int32_t i = 0; i < entries_for(p, p.tiles[request]); ++i) {
+    sum = (sum + hash_of(i, entries[i])) & kHashMask;
+    note_hash(p, request, i, sum);
+  }
+}
+
+struct OneThread {
+  static constexpr int32_t first = 0, step = 1;
+  void sync() const {}
+  void fence() const {}
+  template <class T>
+  T add(T* to, T x) const {
+    T before = *to;
+    *to += x;
+    return before;
+  }
+};
+
+}  // namespace
+
+PrefixLayout prefix_layout(const PrefixConfig& c) {
+  check_config(c);
+  PrefixLayout l{};
+  int64_t end = 0;
+  auto section = [&end](int64_t bytes) {
+    int64_t begin = end;
+    end = ceil_div(end + bytes, 64) * 64;
+    return begin;
+  };
+  section(sizeof(PrefixHeader));
+  l.prefixes = section(c.max_requests * sizeof(Prefix));
+  l.prefix_of = section(c.max_requests * sizeof(int32_t));
+  l.places = section(c.max_shared_tokens * sizeof(Place));
+  l.totals = section(sizeof(FindTotals));
+  l.tiles = section(c.max_requests * sizeof(int32_t));
+  l.attached = section(c.max_requests * sizeof(Attachment));
+  l.costs = section((c.max_depth + 1) * c.max_requests * sizeof(int64_t));
+  l.readers = section((c.max_depth + 1) * c.max_requests * sizeof(int32_t));
+  l.chains = section(c.max_kv_len / c.tile_kv * c.max_requests * sizeof(int64_t));
+  l.bytes = end;
+  return l;
+}
+
+FindParams find_params(const PrefixConfig& c, const PrefixLayout& l, char* buffer, const Batch& batch,
+                       int32_t page_size) {
+  FindParams p{};
+  p.batch = batch;
+  p.page_size = page_size;
+  p.tile_kv = int32_t(c.tile_kv);
+  p.max_kv_len = int32_t(c.max_kv_len);
+  p.max_requests = int32_t(c.max_requests);
+  p.max_tokens = int32_t(c.max_shared_tokens / c.max_requests);
+  p.max_depth = int32_t(c.max_depth);
+  p.prices = c.always ? PrefixPrices{1, 0, 0, 0}
+                      : prefix_prices(c.group, c.kv_heads, c.head_dim_qk, c.head_dim_vo);
+  p.tree = {reinterpret_cast<PrefixHeader*>(buffer), reinterpret_cast<Prefix*>(buffer + l.prefixes),
+            reinterpret_cast<int32_t*>(buffer + l.prefix_of), reinterpret_cast<Place*>(buffer + l.places)};
+  p.totals = reinterpret_cast<FindTotals*>(buffer + l.totals);
+  p.tiles = reinterpret_cast<int32_t*>(buffer + l.tiles);
+  p.attached = reinterpret_cast<Attachment*>(buffer + l.attached);
+  p.costs = reinterpret_cast<int64_t*>(buffer + l.costs);
+  p.readers = reinterpret_cast<int32_t*>(buffer + l.readers);
+  p.chains = reinterpret_cast<int64_t*>(buffer + l.chains);
+  return p;
+}
+
+void find_prefixes_host(const FindParams& p) {
+  const int32_t n = p.batch.num_requests;
+  for (int32_t r = 0; r < n; ++r) hash(p, r);
+  for (int32_t r = 0; r < n; ++r) p.attached[r] = attach(p, r);
+  std::vector<int32_t> memory(size_t(n) * Trie::kArrays);
+  build_tree(p, Trie(memory.data(), n), OneThread{});
+}
+
+}  // namespace fi
