@@ -45,7 +45,7 @@ class PrefixFinder:
     prefix_of [max_requests] int32: the deepest prefix of each request, -1: none.
     places [max_shared_tokens, 2] int32: query token and request.
 
-    Raises ValueError for numbers that make no sense, and on a GPU for more than 1024 requests.
+    Raises ValueError for numbers that make no sense, and for more than 1024 requests.
     """
 
     def __init__(
@@ -85,7 +85,6 @@ class PrefixFinder:
                 max_kv_len,
                 max_depth,
                 int(always),
-                int(self.device.type == "cuda"),
             )
         )
         self.layout = _Layout(*self._core.prefix_layout(self._config))
@@ -111,9 +110,9 @@ class PrefixFinder:
     def find(self, batch: BlockSparse) -> None:
         """Fills the tree with what the batch's page tables share, entries compared as they are stored.
 
-        On a GPU without synchronising, on the current stream, and capturable. Lengths beyond max_kv_len are cut
-        off there; kv_len may not be above the true length. Raises ValueError or TypeError for a batch of the
-        wrong device or dtype, or of more than max_requests requests.
+        On a GPU without synchronising, on the current stream, and capturable. Lengths must be exact: a prefix
+        ends before the query tokens. Keys beyond max_kv_len are not looked at. Raises ValueError or TypeError
+        for a batch of the wrong device or dtype, or of more than max_requests requests.
         """
         smxx = self._smxx
         if smxx is not None and torch.cuda.current_device() != self.device.index:
@@ -140,8 +139,8 @@ class PrefixFinder:
         """Fills the tree with prefixes given as (requests, keys that they all begin with).
 
         Prefixes nest or have no request in common; one within another has more keys than that. qo_indptr
-        [R + 1] and kv_len [R] int32 on the CPU: lengths of the batch. On a GPU the tree is copied there on the
-        current stream, and this cannot be captured. Raises ValueError, and then leaves the tree as it was.
+        [R + 1] and kv_len [R] int32 on the CPU: lengths of the batch. On a GPU the tree is copied there on
+        the current stream; this cannot be captured. Raises ValueError, and then leaves the tree as it was.
         """
         q_lens, kv_lens = np.diff(qo_indptr.numpy()), kv_len.numpy()
         given = sorted(((int(keys), sorted(requests)) for requests, keys in tree), key=lambda x: x[0])
@@ -166,7 +165,8 @@ class PrefixFinder:
         first = np.zeros(len(deepest), np.int64)
         first[order] = ends - q_lens[order]
         places[:tokens, 1] = np.repeat(order, q_lens[order])
-        places[:tokens, 0] = np.arange(tokens) + np.repeat(qo_indptr.numpy()[order] - first[order], q_lens[order])
+        offsets = qo_indptr.numpy()[order] - first[order]
+        places[:tokens, 0] = np.arange(tokens) + np.repeat(offsets, q_lens[order])
         saved = 0
         for i, (keys, members) in enumerate(given):
             depth = int(np.argmax(path[:, members[0]] == i))
@@ -196,8 +196,8 @@ class PrefixFinder:
             for r in members:
                 if q_lens[r] < 1 or keys > kv_lens[r] - q_lens[r]:
                     raise ValueError(
-                        f"expected keys before the query tokens of each request, got {what}, of which {r} has "
-                        f"{kv_lens[r]} keys and {q_lens[r]} query tokens"
+                        f"expected keys before the query tokens of each request, got {what}, of which {r} "
+                        f"has {kv_lens[r]} keys and {q_lens[r]} query tokens"
                     )
 
     def _nest(self, given: list[tuple[int, list[int]]], requests: int) -> np.ndarray:

@@ -1,7 +1,9 @@
 #include "prefix.h"
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace fi {
@@ -26,9 +28,7 @@ void check_config(const PrefixConfig& c) {
   require_between("head_dim", c.head_dim_qk, 1, kAny);
   require_between("head_dim_vo", c.head_dim_vo, 1, kAny);
   require_between("tile_kv", c.tile_kv, 1, kMaxKvLen);
-  require_between("max_requests", c.max_requests, 1, kAny);
-  require(!c.on_device || c.max_requests <= kDeviceFinderRequests, "expected max_requests of at most ",
-          kDeviceFinderRequests, " (whose prefixes a GPU can find), got ", c.max_requests);
+  require_between("max_requests", c.max_requests, 1, kMaxFinderRequests);
   require(c.max_requests <= c.max_shared_tokens && c.max_shared_tokens <= kAny,
           "expected max_shared_tokens from ", c.max_requests, " (max_requests) to ", kAny, ", got ",
           c.max_shared_tokens);
@@ -61,7 +61,7 @@ void hash(const FindParams& p, int32_t request) {
 }
 
 struct OneThread {
-  static constexpr int32_t first = 0, step = 1;
+  static constexpr int32_t rank = 0, size = 1;
   void sync() const {}
   void fence() const {}
   template <class T>
@@ -69,6 +69,14 @@ struct OneThread {
     T before = *to;
     *to += x;
     return before;
+  }
+  int32_t scan(int32_t* values, int32_t count) const {
+    uint32_t sum = 0;  // it may wrap
+    for (int32_t i = 0; i < count; ++i) sum += uint32_t(std::exchange(values[i], int32_t(sum)));
+    return int32_t(sum);
+  }
+  void sort(SortKey* keys, int32_t count) const {
+    std::sort(keys, keys + count, [](SortKey a, SortKey b) { return a.bits < b.bits; });
   }
 };
 
@@ -107,8 +115,8 @@ FindParams find_params(const PrefixConfig& c, const PrefixLayout& l, char* buffe
   p.max_requests = int32_t(c.max_requests);
   p.max_tokens = int32_t(c.max_shared_tokens / c.max_requests);
   p.max_depth = int32_t(c.max_depth);
-  p.prices = c.always ? PrefixPrices{1, 0, 0, 0}
-                      : prefix_prices(c.group, c.kv_heads, c.head_dim_qk, c.head_dim_vo);
+  p.prices =
+      c.always ? PrefixPrices{1, 0, 0, 0} : prefix_prices(c.group, c.kv_heads, c.head_dim_qk, c.head_dim_vo);
   p.tree = {reinterpret_cast<PrefixHeader*>(buffer), reinterpret_cast<Prefix*>(buffer + l.prefixes),
             reinterpret_cast<int32_t*>(buffer + l.prefix_of), reinterpret_cast<Place*>(buffer + l.places)};
   p.totals = reinterpret_cast<FindTotals*>(buffer + l.totals);
@@ -124,7 +132,7 @@ void find_prefixes_host(const FindParams& p) {
   const int32_t n = p.batch.num_requests;
   for (int32_t r = 0; r < n; ++r) hash(p, r);
   for (int32_t r = 0; r < n; ++r) p.attached[r] = attach(p, r);
-  std::vector<int32_t> memory(size_t(n) * Trie::kArrays);
+  std::vector<int64_t> memory(ceil_div(Trie::bytes(n), sizeof(int64_t)));
   build_tree(p, Trie(memory.data(), n), OneThread{});
 }
 

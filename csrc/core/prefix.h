@@ -12,8 +12,7 @@ struct PrefixConfig {
   int64_t max_shared_tokens;  // query tokens that read prefixes; an equal share of them for each request
   int64_t max_kv_len;
   int64_t max_depth;
-  int64_t always;    // 0 or 1: whatever is shared becomes a prefix
-  int64_t on_device;  // 0 or 1
+  int64_t always;  // 0 or 1: whatever is shared becomes a prefix
 };
 
 // Byte offsets into the finder's buffer (64-byte aligned), the PrefixTree first.

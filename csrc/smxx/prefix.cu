@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(kFindThreads) hash_kernel(const __grid_constan
 }
 
 __global__ void __launch_bounds__(kFindThreads) find_kernel(const __grid_constant__ FindParams p) {
-  __shared__ AttachShared shared;
-  extern __shared__ __align__(8) int32_t memory[];
+  __shared__ FindShared shared;
+  extern __shared__ __align__(8) unsigned char memory[];
   find_prefixes<kFindThreads>(p, blockIdx.x, shared, memory);
 }
 
@@ -26,11 +26,12 @@ extern "C" int fi_find_prefixes(const fi::FindParams* params, void* stream) {
   auto on = static_cast<cudaStream_t>(stream);
   const int requests = params->batch.num_requests;
   if (requests > 1) hash_kernel<<<requests, kFindThreads, 0, on>>>(*params);
-  const int bytes = requests * fi::Trie::kArrays * int(sizeof(int32_t));
+  const int bytes = int(fi::Trie::bytes(requests));
   if (bytes > 48 << 10) {
     auto code = cudaFuncSetAttribute(find_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (code != cudaSuccess) return code;
   }
-  find_kernel<<<requests > 0 ? requests : 1, kFindThreads, bytes, on>>>(*params);
+  const int ctas = requests > 0 ? requests : 1;  // one says that an empty batch has no prefixes
+  find_kernel<<<ctas, kFindThreads, bytes, on>>>(*params);
   return cudaGetLastError();
 }

@@ -26,7 +26,8 @@ __device__ __forceinline__ void hash_request(const FindParams& p, int32_t reques
     const int32_t first = base + threadIdx.x * kEach;
     int64_t hashes[kEach], own = 0;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) hashes[i] = first + i < count ? hash_of(first + i, entries[first + i]) : 0;
+    for (int i = 0; i < kEach; ++i)
+      hashes[i] = first + i < count ? hash_of(first + i, entries[first + i]) : 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) own += hashes[i];
     const Scan scanned = scan<kThreads>(own, shared.sums);
@@ -40,14 +41,15 @@ __device__ __forceinline__ void hash_request(const FindParams& p, int32_t reques
   }
 }
 
-struct AttachShared {
+struct FindShared {
+  int64_t sums[32];
   int32_t tiles, back, rest;
   int32_t last;
 };
 
 // Attaches one request.
 template <int kThreads>
-__device__ __forceinline__ void attach_request(const FindParams& p, int32_t request, AttachShared& shared) {
+__device__ __forceinline__ void attach_request(const FindParams& p, int32_t request, FindShared& shared) {
   if (threadIdx.x == 0) shared.tiles = shared.back = shared.rest = 0;
   __syncthreads();
   int32_t most = 0, back = 0;
@@ -72,8 +74,9 @@ __device__ __forceinline__ void attach_request(const FindParams& p, int32_t requ
 
 template <int kThreads>
 struct Cta {
-  static constexpr int32_t step = kThreads;
-  int32_t first = threadIdx.x;
+  static constexpr int32_t size = kThreads;
+  int32_t rank;
+  int64_t* sums;  // [32]
 
   __device__ __forceinline__ void sync() const { __syncthreads(); }
   __device__ __forceinline__ void fence() const { __threadfence_block(); }
@@ -81,12 +84,41 @@ struct Cta {
   __device__ __forceinline__ int64_t add(int64_t* to, int64_t x) const {
     return atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(x));
   }
+  __device__ __forceinline__ int32_t scan(int32_t* values, int32_t count) const {
+    __syncthreads();
+    int64_t sum = 0;
+    for (int32_t base = 0; base < count; base += kThreads) {
+      const int32_t i = base + rank;
+      const Scan scanned = smxx::scan<kThreads>(i < count ? values[i] : 0, sums);
+      if (i < count) values[i] = int32_t(sum + scanned.before);
+      sum += scanned.sum;
+    }
+    __syncthreads();
+    return int32_t(sum);
+  }
+  // Bitonic. count: a power of 2
+  __device__ __forceinline__ void sort(SortKey* keys, int32_t count) const {
+    for (int32_t run = 2; run <= count; run *= 2) {
+      for (int32_t apart = run / 2; apart > 0; apart /= 2) {
+        __syncthreads();
+        for (int32_t i = rank; i < count / 2; i += kThreads) {
+          const int32_t low = 2 * i - (i & (apart - 1)), high = low + apart;
+          const SortKey a = keys[low], b = keys[high];
+          if ((a.bits > b.bits) == ((low & run) == 0)) {
+            keys[low] = b;
+            keys[high] = a;
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
 };
 
-// Attaches one request; the CTA that is the last to do so builds the tree. memory: [Trie::kArrays, requests]
+// Attaches one request; the CTA that is the last to do so builds the tree. memory: Trie::bytes(requests)
 template <int kThreads>
-__device__ __forceinline__ void find_prefixes(const FindParams& p, int32_t request, AttachShared& shared,
-                                              int32_t* memory) {
+__device__ __forceinline__ void find_prefixes(const FindParams& p, int32_t request, FindShared& shared,
+                                              void* memory) {
   const int32_t n = p.batch.num_requests;
   if (n > 0) {
     attach_request<kThreads>(p, request, shared);
@@ -98,7 +130,7 @@ __device__ __forceinline__ void find_prefixes(const FindParams& p, int32_t reque
     __syncthreads();
     if (!shared.last) return;
   }
-  build_tree(p, Trie(memory, n), Cta<kThreads>{});
+  build_tree(p, Trie(memory, n), Cta<kThreads>{int32_t(threadIdx.x), shared.sums});
 }
 
 }  // namespace fi::smxx

@@ -434,7 +434,8 @@ def tile_lister(arch: int, variant: Variant) -> TileLister:
 
 @functools.cache
 def smxx(arch: int) -> Smxx:
-    """Planner, prefix finder and append for a GPU of this arch (80, 90, ...). Builds on first use, or BuildError."""
+    """Planner, prefix finder and append for a GPU of this arch (80, 90, ...). Builds on first use, or
+    BuildError."""
     symbols = ("fi_plan", "fi_find_prefixes", "fi_append", "fi_error")
     return Smxx(*_addresses(_smxx_library(arch), *symbols))
 
