@@ -12,9 +12,11 @@
 #if defined(__CUDACC__)
 #define FI_TEAM __device__ __forceinline__
 #define FI_UNROLL _Pragma("unroll")
+#define FI_TURNS _Pragma("unroll 1")  // most often one, of many instructions that the GPU waits for
 #else
 #define FI_TEAM inline
 #define FI_UNROLL
+#define FI_TURNS
 #endif
 
 namespace fi {
@@ -99,6 +101,7 @@ FI_HD int64_t hash_of(int32_t index, int32_t entry) {
 // hash: of all entries up to this one, by which some tiles end.
 FI_HD void note_hash(const FindParams& p, int32_t request, int32_t index, int64_t hash) {
   int32_t end = at_most(tiles_in(p, index + 1), p.tiles[request]);
+  FI_TURNS
   for (int32_t tile = tiles_in(p, index); tile < end; ++tile)
     p.chains[int64_t(tile) * p.max_requests + request] = hash;
 }
@@ -276,6 +279,7 @@ FI_HD int32_t budget_at(const Trie& t, int32_t max_depth, int32_t node) {
   uint32_t left = 0x76543210;  // 4 bits for each budget above: what is left of it at the node
   for (int32_t m = t.up[node]; m >= 0; m = t.up[m]) {
     uint32_t through = 0;
+    FI_TURNS
     for (int32_t budget = 0; budget <= max_depth; ++budget) {
       int32_t below = budget - (t.keeps[m] >> budget & 1);
       through |= (left >> 4 * below & 15) << 4 * budget;
@@ -313,6 +317,7 @@ FI_HD Prefix prefix_at(const FindParams& p, const Trie& t, int32_t node) {
 // before and returns the sum of all; it and sort() begin and end with a barrier.
 template <class Team, class F>
 FI_TEAM void for_each(const Team& team, int32_t n, F&& f) {
+  FI_TURNS
   for (int32_t i = team.rank; i < n; i += team.size) f(i);
 }
 
@@ -344,6 +349,7 @@ FI_TEAM int32_t build_trie(const FindParams& p, const Trie& t, const Team& team)
     if (node + 1 == nodes || t.leader(node + 1) != leader) t.home[leader] = node;
     t.up[node] = outermost ? t.node[leader] : node - 1;
     if (t.up[node] >= 0) team.add(&t.children[t.up[node]], 1);
+    FI_TURNS
     for (int32_t left = 0; left <= p.max_depth; ++left)
       p.costs[left * p.max_requests + node] = p.readers[left * p.max_requests + node] = 0;
   });
@@ -409,6 +415,7 @@ FI_TEAM void write_tree(const FindParams& p, const Trie& t, const Team& team, in
     if (t.kept[r] < 0) return;
     const int32_t tokens = tokens_of(p, r);
     Place* places = p.tree.places + first_place(p, t, r) + t.weight[r] - tokens;
+    FI_TURNS
     for (int32_t i = 0; i < tokens; ++i) places[i] = {p.batch.qo_indptr[r] + i, r};
   });
   if (team.rank == 0) *p.tree.header = {prefixes, p.totals->tokens, p.totals->saved};

@@ -307,9 +307,15 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return emulated.library("prefix.cpp", tmp_path_factory.mktemp("emulate"), jit.csrc())
 
 
-def find_as_device(emulator: ctypes.CDLL, finder: PrefixFinder, batch: BlockSparse, seed: int = 0) -> None:
+def find_as_device(
+    emulator: ctypes.CDLL,
+    finder: PrefixFinder,
+    batch: BlockSparse,
+    seed: int = 0,
+    on: str = "fi_find_prefixes",
+) -> None:
     emulator.set_seed(seed)
-    functions = emulated.address(emulator.fi_find_prefixes), emulated.address(emulator.fi_error)
+    functions = emulated.address(getattr(emulator, on)), emulated.address(emulator.fi_error)
     jit.core().find_prefixes(finder._config, finder._buffer, *inputs(batch), *functions)
 
 
@@ -317,10 +323,12 @@ def inputs(b: BlockSparse) -> tuple[Any, ...]:
     return b.qo_indptr, b.kv_len, b.table, b.starts, b.start_stride, b.entry_step, b.page_size
 
 
-def found_as_device(emulator: ctypes.CDLL, s: Shared, seed: int, **changes: Any) -> Tree:
+def found_as_device(
+    emulator: ctypes.CDLL, s: Shared, seed: int, on: str = "fi_find_prefixes", **changes: Any
+) -> Tree:
     finder = s.finder(**changes)
     for _ in range(2):  # it leaves the buffers ready for the next
-        find_as_device(emulator, finder, s.batch(), seed)
+        find_as_device(emulator, finder, s.batch(), seed, on)
     return tree_of(finder, len(s.q_lens))
 
 
@@ -373,16 +381,20 @@ def test_nothing_is_read_behind_the_keys(emulator: ctypes.CDLL, on: str) -> None
         assert [x.kv_end for x in tree_of(finder, 2).prefixes] == wanted
 
 
-COMPARISON = ("if (a[i] != b[i]) rest", "if (false) rest")
+COMPARISONS = [
+    ("if (a[i] != b[i]) rest", "if (false) rest"),
+    ("a[same] == b[same]) ++same", "true) ++same"),
+]
 HASHES = {
     "of few bits": ("return int64_t(x ^ x >> 32) & kHashMask;", "return int64_t(x ^ x >> 32) & 1;"),
     "of places alone": ("| uint32_t(entry);", "| (uint32_t(entry) & 0);"),
 }
+FINDERS = ("fi_find_prefixes", "fi_find_on_host")
 
 
 def broken(folder: Path, *changes: tuple[str, str]) -> ctypes.CDLL:
     shutil.copytree(jit.csrc(), folder / "csrc")
-    files = [folder / "csrc" / path for path in ("prefix.h", "smxx/prefix.cuh")]
+    files = [folder / "csrc" / path for path in ("prefix.h", "smxx/prefix.cuh", "core/prefix.cpp")]
     for text, other in changes:
         assert sum(file.read_text().count(text) for file in files) == 1
         for file in files:
@@ -397,16 +409,19 @@ def test_right_whatever_the_hashes(name: str, tmp_path: Path) -> None:
     @given(batches(), st.integers(0, 2**31))
     @settings(max_examples=40, deadline=None)
     def check(s: Shared, seed: int) -> None:
-        check_tree(s, found_as_device(bad, s, seed))
+        on_device, on_host = (found_as_device(bad, s, seed, on) for on in FINDERS)
+        check_tree(s, on_device)
+        assert on_host == on_device
 
     check()
 
 
 def test_the_checks_notice_what_is_not_compared(tmp_path: Path) -> None:
-    bad = broken(tmp_path, HASHES["of places alone"], COMPARISON)
+    bad = broken(tmp_path, HASHES["of places alone"], *COMPARISONS)
     s = Shared((1, 1), (17, 17), ((1, 2, 3, 4, 5), (1, 2, 9, 4, 5)))
-    with pytest.raises(AssertionError):
-        check_tree(s, found_as_device(bad, s, 0))
+    for on in FINDERS:
+        with pytest.raises(AssertionError):
+            check_tree(s, found_as_device(bad, s, 0, on))
 
 
 # Trees that the user gives

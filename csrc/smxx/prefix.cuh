@@ -22,6 +22,7 @@ __device__ __forceinline__ void hash_request(const FindParams& p, int32_t reques
   const int32_t count = entries_for(p, tiles);
   const Entries entries = entries_of(p.batch, request);
   int64_t sum = 0;
+#pragma unroll 1
   for (int32_t base = 0; base < count; base += kThreads * kEach) {
     const int32_t first = base + threadIdx.x * kEach;
     int64_t hashes[kEach], own = 0;
@@ -87,6 +88,7 @@ struct Cta {
   __device__ __forceinline__ int32_t scan(int32_t* values, int32_t count) const {
     __syncthreads();
     int64_t sum = 0;
+#pragma unroll 1
     for (int32_t base = 0; base < count; base += kThreads) {
       const int32_t i = base + rank;
       const Scan scanned = smxx::scan<kThreads>(i < count ? values[i] : 0, sums);
@@ -101,6 +103,7 @@ struct Cta {
     for (int32_t run = 2; run <= count; run *= 2) {
       for (int32_t apart = run / 2; apart > 0; apart /= 2) {
         __syncthreads();
+#pragma unroll 1
         for (int32_t i = rank; i < count / 2; i += kThreads) {
           const int32_t low = 2 * i - (i & (apart - 1)), high = low + apart;
           const SortKey a = keys[low], b = keys[high];

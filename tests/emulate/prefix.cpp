@@ -1,9 +1,10 @@
 // The device's prefix finder with host threads: fi_find_prefixes as the smxx library exports it, for CPU
-// tensors.
+// tensors. Beside it the host's, so that both can be built with other hashes.
 #include "cuda_on_host.h"
 
 #include <cstring>
 
+#include "core/prefix.cpp"
 #include "smxx/prefix.cuh"
 
 static unsigned seed = 0;
@@ -32,6 +33,11 @@ extern "C" int fi_find_prefixes(const fi::FindParams* params, void*) {
   } catch (const std::exception&) {
     return 1;
   }
+  return 0;
+}
+
+extern "C" int fi_find_on_host(const fi::FindParams* params, void*) {
+  fi::find_prefixes_host(*params);
   return 0;
 }
 
