@@ -254,7 +254,7 @@ FI_TEAM void settle(const FindParams& p, const Trie& t, const Team& team, int32_
     if (left == 0) {
       unshared = cost;
     } else {
-      const int32_t states = left == p.max_depth ? 2 : 1;  // a row's first prefix makes its rest partial too
+      const int64_t states = left == p.max_depth ? 2 : 1;  // a row's first prefix makes its rest partial too
       const int64_t shared = below[left - 1] + keys + p.prices.prefix + states * tokens * p.prices.state;
       keep = shared < cost;
       cost = keep ? shared : cost;

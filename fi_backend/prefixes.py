@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from . import jit
@@ -140,77 +140,22 @@ class PrefixFinder:
 
         Prefixes nest or have no request in common; one within another has more keys than that. qo_indptr
         [R + 1] and kv_len [R] int32 on the CPU: lengths of the batch. On a GPU the tree is copied there on
-        the current stream; this cannot be captured. Raises ValueError, and then leaves the tree as it was.
+        the current stream; this cannot be captured. Raises ValueError or TypeError, and then leaves the tree
+        as it was.
         """
-        q_lens, kv_lens = np.diff(qo_indptr.numpy()), kv_len.numpy()
-        given = sorted(((int(keys), sorted(requests)) for requests, keys in tree), key=lambda x: x[0])
-        self._check(given, q_lens, kv_lens)
-        path = self._nest(given, len(kv_lens))
-        deepest = path.max(0)  # those with more keys come later
-        order = np.lexsort(path[::-1])  # the requests of each prefix are neighbours
-        order = order[deepest[order] >= 0]
-        ends = np.cumsum(q_lens[order])
-        tokens = int(q_lens[order].sum())
-        if tokens > self.max_shared_tokens:
-            raise ValueError(
-                f"expected at most {self.max_shared_tokens} query tokens in prefixes (max_shared_tokens), "
-                f"got {tokens}"
-            )
+        import tvm_ffi
 
-        pinned = self._smxx is not None
-        staged = torch.zeros(self.layout.totals, dtype=torch.uint8, pin_memory=pinned)
-        header, prefixes, prefix_of, places = (x.numpy() for x in self._views(staged))
-        prefix_of.fill(-1)
-        prefix_of[: len(deepest)] = deepest
-        first = np.zeros(len(deepest), np.int64)
-        first[order] = ends - q_lens[order]
-        places[:tokens, 1] = np.repeat(order, q_lens[order])
-        offsets = qo_indptr.numpy()[order] - first[order]
-        places[:tokens, 0] = np.arange(tokens) + np.repeat(offsets, q_lens[order])
-        saved = 0
-        for i, (keys, members) in enumerate(given):
-            depth = int(np.argmax(path[:, members[0]] == i))
-            parent = int(path[depth - 1, members[0]]) if depth else -1
-            begin = given[parent][0] if depth else 0
-            saved += (len(members) - 1) * (keys - begin)
-            prefixes[i, :4] = first[members].min(), q_lens[members].sum(), begin, keys
-            prefixes[i, 4:] = members[0], len(members), parent, depth
-        header[:2] = len(given), tokens
-        header[2:].view(np.int64)[0] = saved
-        self._buffer[: len(staged)].copy_(staged, non_blocking=pinned)
-
-    def _check(self, given: list[tuple[int, list[int]]], q_lens: np.ndarray, kv_lens: np.ndarray) -> None:
-        if len(q_lens) != len(kv_lens):
-            raise ValueError(f"expected qo_indptr of {len(kv_lens) + 1} entries, got {len(q_lens) + 1}")
-        for what, count in (("requests", len(kv_lens)), ("prefixes", len(given))):
-            if count > self.max_requests:
-                raise ValueError(f"expected at most {self.max_requests} {what} (max_requests), got {count}")
-        for keys, members in given:
-            what = f"a prefix of {keys} keys for requests {members}"
-            if not members or members[0] < 0 or members[-1] >= len(kv_lens):
-                raise ValueError(f"expected requests from 0 to {len(kv_lens) - 1}, got {what}")
-            if len(set(members)) < len(members):
-                raise ValueError(f"expected each request once, got {what}")
-            if keys < 1 or keys % self.tile_kv:
-                raise ValueError(f"expected a multiple of {self.tile_kv} keys (tile_kv), got {what}")
-            for r in members:
-                if q_lens[r] < 1 or keys > kv_lens[r] - q_lens[r]:
-                    raise ValueError(
-                        f"expected keys before the query tokens of each request, got {what}, of which {r} "
-                        f"has {kv_lens[r]} keys and {q_lens[r]} query tokens"
-                    )
-
-    def _nest(self, given: list[tuple[int, list[int]]], requests: int) -> np.ndarray:
-        """[max_depth, requests] the prefixes of each request from the outermost on, -1: no more."""
-        path = np.full((self.max_depth, requests), -1, np.int32)
-        for i, (keys, members) in enumerate(given):
-            what = f"{keys} keys for requests {members}"
-            parents = np.unique(path[:, members].max(0))
-            if len(parents) > 1 or (parents[0] >= 0 and given[parents[0]][0] == keys):
-                others = ", ".join(f"{given[p][0]} for {given[p][1]}" for p in parents if p >= 0)
-                raise ValueError(f"expected prefixes that nest, got {what} beside {others}")
-            depth = int((path[:, members[0]] >= 0).sum())
-            if depth == self.max_depth:
-                raise ValueError(f"expected at most {depth} prefixes above one another, got one more: {what}")
-            path[depth, members] = i
-        return path
+        if self._smxx is not None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("expected no tree to be set while a graph is captured")
+        given = [(list(requests), keys) for requests, keys in tree]
+        ends = itertools.accumulate(len(requests) for requests, _ in given)
+        numbers = [keys for _, keys in given], ends, itertools.chain.from_iterable(r for r, _ in given)
+        shapes = (tvm_ffi.Shape(tuple(x)) for x in numbers)
+        if self._smxx is None:
+            self._core.set_prefixes(self._config, self._buffer, qo_indptr, kv_len, *shapes)
+            return
+        staged = torch.empty(
+            self.layout.totals, dtype=torch.uint8, pin_memory=True
+        )  # kept until it is copied
+        self._core.set_prefixes(self._config, staged, qo_indptr, kv_len, *shapes)
+        self._buffer[: len(staged)].copy_(staged, non_blocking=True)

@@ -351,6 +351,15 @@ def test_same_tree_of_large_batches(emulator: ctypes.CDLL) -> None:
         assert found_as_device(emulator, large, 5, max_depth=max_depth, always=always) == tree
 
 
+def test_what_follows_a_difference_does_not_count(emulator: ctypes.CDLL) -> None:
+    """The last request is attached to the second, though it has more entries in common with the first."""
+    own = list(range(700))
+    first, second = own.copy(), own.copy()
+    first[100], second[200] = 1000, 1000
+    s = Shared((1,) * 3, (700,) * 3, (tuple(first), tuple(second), tuple(own)), 1, 64)
+    assert [x.kv_end for x in found_as_device(emulator, s, 0).prefixes] == [64, 192]
+
+
 def guarded(values: list[int]) -> torch.Tensor:
     """int32 that end where the process may not read."""
     libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
@@ -453,8 +462,11 @@ FOUR = Shared((1, 2, 1, 0), (20, 22, 30, 20), ((),) * 4)
 @pytest.mark.parametrize(
     ("prefixes", "message"),
     [
-        ([([0, 1], 8), ([1, 2], 12)], r"nest, got 12 keys for requests \[1, 2\] beside 8 for \[0, 1\]"),
-        ([([0, 1], 8), ([0, 1, 2], 12)], r"nest, got 12 keys for requests \[0, 1, 2\] beside"),
+        (
+            [([0, 1], 8), ([1, 2], 12)],
+            r"nest, got 12 keys for requests \[1, 2\] and 8 keys for requests \[0, 1\]",
+        ),
+        ([([0, 1], 8), ([0, 1, 2], 12)], r"nest, got 12 keys for requests \[0, 1, 2\] and"),
         ([([0, 1], 8), ([0, 1], 8)], "nest, got 8 keys"),
         ([([0, 4], 8)], r"requests from 0 to 3, got a prefix of 8 keys for requests \[0, 4\]"),
         ([([-1, 0], 8)], "requests from 0 to 3"),
@@ -464,7 +476,10 @@ FOUR = Shared((1, 2, 1, 0), (20, 22, 30, 20), ((),) * 4)
         ([([0, 1], 0)], "multiple of 4 keys"),
         ([([0, 1], 20)], r"of which 0 has 20 keys and 1 query tokens"),
         ([([0, 3], 8)], "of which 3 has 20 keys and 0 query tokens"),
-        ([([0, 1, 2], 4), ([0, 1], 8), ([0], 12)], "at most 2 prefixes above one another, got one more: 12"),
+        (
+            [([0, 1, 2], 4), ([0, 1], 8), ([0], 12)],
+            r"at most 2 prefixes above one another \(max_depth\), got one more: 12",
+        ),
         ([([0, 1], 4 * i + 4) for i in range(7)], r"at most 6 prefixes \(max_requests\), got 7"),
     ],
 )
@@ -479,13 +494,15 @@ def test_a_refused_tree_leaves_the_last_one() -> None:
     finder.set([([2, 0], 16), ([0, 1, 2], 8)], *lengths)
     before = finder._buffer.clone()
     tree = tree_of(finder, 4)
-    assert tree.prefixes == [Found(0, 4, 0, 8, 0, 3, -1, 0), Found(2, 2, 8, 16, 0, 2, 0, 1)]
-    assert tree.places == [[1, 1], [2, 1], [0, 0], [3, 2]] and tree.prefix_of == [1, 0, 1, -1]
+    assert tree.prefixes == [Found(0, 4, 0, 8, 0, 3, -1, 0), Found(0, 2, 8, 16, 0, 2, 0, 1)]
+    assert tree.places == [[0, 0], [3, 2], [1, 1], [2, 1]] and tree.prefix_of == [1, 0, 1, -1]
     with pytest.raises(ValueError, match=r"at most 6 requests|nest"):
         finder.set([([0, 1], 8), ([1, 2], 8)], *lengths)
     tokens = torch.tensor([0, 1, 3, 9, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"at most 6 query tokens in prefixes \(max_shared_tokens\), got 9"):
         finder.set([([0, 1, 2], 8)], tokens, lengths[1])
+    with pytest.raises(TypeError, match="kv_len of dtype int32, got int64"):
+        finder.set([([0, 1], 8)], lengths[0], lengths[1].long())
     assert torch.equal(finder._buffer, before)
     finder.set([], *lengths)
     assert tree_of(finder, 4) == Tree([], [-1] * 4, [], 0)

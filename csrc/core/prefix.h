@@ -1,5 +1,7 @@
 // Host side of the prefix finder: what is sized when one is made, and the finder itself.
 #pragma once
+#include <vector>
+
 #include "../prefix.h"
 
 namespace fi {
@@ -26,10 +28,19 @@ struct PrefixLayout {
 PrefixLayout prefix_layout(const PrefixConfig& config);
 
 // buffer: layout.bytes, 64-byte aligned, zero at first, where the finder runs
-FindParams find_params(const PrefixConfig& config, const PrefixLayout& layout, char* buffer,
-                       const Batch& batch, int32_t page_size);
+// The batch and its page size are left for the caller.
+FindParams find_params(const PrefixConfig& config, const PrefixLayout& layout, char* buffer);
 
 // Writes the tree that csrc/smxx/prefix.cu writes, byte for byte. What is not in use is not touched.
 void find_prefixes_host(const FindParams& params);
+
+struct GivenPrefix {
+  int64_t keys;
+  std::vector<int64_t> requests;  // any order
+};
+
+// Writes the tree of prefixes that the user gives, the tree's places in the buffer of params included. Throws
+// std::invalid_argument, before it writes, when they are no tree or do not fit the lengths of the batch.
+void set_prefixes(const PrefixConfig& config, const FindParams& params, std::vector<GivenPrefix> given);
 
 }  // namespace fi
