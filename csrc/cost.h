@@ -37,4 +37,21 @@ static_assert(fits(costs_for(kRoomCpu)) && fits(costs_for(kRoomSm80)) && fits(co
 static_assert(kMinTiles >= 1 && kMinSlice >= kMinTiles * kWidestTile,
               "slices may not be shorter than a piece");
 
+// Shared prefixes, in bytes of memory traffic of one KV head: what a prefix reads once instead of once a
+// request against what joining partial states costs. A prefix's further row tiles find its keys in L2: not
+// counted.
+struct PrefixPrices {
+  int64_t key;     // a key and its value, read
+  int64_t state;   // a partial state of each row of a query token, written and read
+  int64_t prefix;  // the work item of one
+  int64_t least;   // what all prefixes of a batch save, or it has none
+};
+FI_HD constexpr PrefixPrices prefix_prices(int64_t group, int64_t kv_heads, int64_t head_dim_qk,
+                                           int64_t head_dim_vo) {
+  constexpr int64_t kItemKeys = 256;      // an item costs as much as reading so many keys
+  constexpr int64_t kLeast = 24'000'000;  // 8 us of an H100's memory: the join is launched, and waited for
+  int64_t key = 2 * (head_dim_qk + head_dim_vo);  // 16-bit elements
+  return {key, 2 * 4 * group * (head_dim_vo + 1), kItemKeys * key, kLeast / kv_heads};
+}
+
 }  // namespace fi

@@ -22,6 +22,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import checks  # noqa: E402
 from cases import Case, make  # noqa: E402
 from grid import EVERYTHING, SMALL  # noqa: E402
+from test_prefixes import family  # noqa: E402
 
 from fi_backend import append  # noqa: E402
 
@@ -54,6 +55,9 @@ def exercise() -> None:
         key, value = inputs.kv.k[:1, :3].flatten(0, 1).clone(), inputs.kv.v[:1, :3].flatten(0, 1).clone()
         slots = torch.arange(-1, len(key) - 1, device="cuda")
         append(inputs.kv, key, value, slots)
+    for groups in ([[1]], [[70], [40, 30]]):
+        shared = family(groups, [256, 128][: len(groups)])
+        shared.finder("cuda").find(shared.batch("cuda"))
     torch.cuda.synchronize()
 
 

@@ -273,7 +273,7 @@ def _gpu_library(spec: Spec) -> Library:
 
 def _smxx_library(arch: int) -> Library:
     check_gpu_arch(arch)
-    identity, steps = _nvcc_steps(["smxx/plan.cu", "smxx/append.cu"], arch)
+    identity, steps = _nvcc_steps(["smxx/plan.cu", "smxx/prefix.cu", "smxx/append.cu"], arch)
     label = f"{arch_name(arch)} planner and append"
     return Library(label, f"{arch_name(arch)}-smxx", ("smxx",), identity, "", steps)
 
@@ -404,9 +404,10 @@ class Executor:
 
 @dataclass(frozen=True)
 class Smxx:
-    """Addresses of the C functions fi_plan, fi_append and fi_error."""
+    """Addresses of the C functions fi_plan, fi_find_prefixes, fi_append and fi_error."""
 
     plan: int
+    find_prefixes: int
     append: int
     error: int
 
@@ -433,8 +434,10 @@ def tile_lister(arch: int, variant: Variant) -> TileLister:
 
 @functools.cache
 def smxx(arch: int) -> Smxx:
-    """Device planner and append for a GPU of this arch (80, 90, ...). Builds on first use, or BuildError."""
-    return Smxx(*_addresses(_smxx_library(arch), "fi_plan", "fi_append", "fi_error"))
+    """Planner, prefix finder and append for a GPU of this arch (80, 90, ...). Builds on first use, or
+    BuildError."""
+    symbols = ("fi_plan", "fi_find_prefixes", "fi_append", "fi_error")
+    return Smxx(*_addresses(_smxx_library(arch), *symbols))
 
 
 def needed(specs: Iterable[Spec]) -> list[Library]:

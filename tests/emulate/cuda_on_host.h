@@ -254,10 +254,13 @@ inline int atomicMax(int* to, int value) {
   if (value > before) *to = value;
   return before;
 }
-inline int atomicAdd(int* to, int value) {
-  int before = *to;
+template <class T>
+T atomicAdd(T* to, T value) {
+  T before = *to;
   *to += value;
   return before;
 }
+inline void __threadfence() {}
+inline void __threadfence_block() {}
 inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
