@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,29 @@ def check_page_table(batch: BlockSparse, num_pages: int, window: int | None) -> 
                 f"page table: request {request}, entry {skipped + at}: expected a {what} of 0 to {limit - 1}"
                 f", got {int(entries[at])}"
             )
+
+
+def check_prefixes(batch: BlockSparse, prefixes: Iterable[tuple[Sequence[int], int]]) -> None:
+    """Raises ValueError for the first page of a prefix that is not the same for all its requests."""
+    if capturing(batch.table):
+        return
+    size, table = batch.table_size, batch.table
+    flat = torch.as_strided(table, (size,), (1,), table.storage_offset()) if size else table.reshape(-1)
+    starts = list(range(batch.num_requests)) if batch.starts is None else batch.starts.tolist()
+    for requests, keys in prefixes:
+        wanted: torch.Tensor | None = None
+        for request in requests:
+            if not 0 <= request < batch.num_requests:
+                continue  # refused where the tree is made
+            first, step = starts[request] * batch.start_stride, max(batch.entry_step, 1)
+            entries = flat[first : first + -(-keys // batch.page_size) * step : step]
+            wanted = entries if wanted is None else wanted
+            if len(differ := (entries != wanted).nonzero()):
+                at = int(differ[0])
+                raise ValueError(
+                    f"prefix of {keys} keys: expected entry {at} of request {request}'s page table to be "
+                    f"{int(wanted[at])} as request {requests[0]}'s, got {int(entries[at])}"
+                )
 
 
 def check_tokens(batch: BlockSparse, tokens: int) -> None:

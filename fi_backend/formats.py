@@ -7,6 +7,7 @@ waits for what they were made on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -246,6 +247,33 @@ class BlockSparse:
         if self.table.numel() == 0:
             return 0
         return 1 + sum((n - 1) * s for n, s in zip(self.table.shape, self.table.stride(), strict=True))
+
+
+    def same_table(self, other: BlockSparse) -> bool:
+        """Whether both read the same entries of the same tensors."""
+        mine, its = (
+            (id(b.table), id(b.starts), b.start_stride, b.entry_step, b.entries_are_slots, b.page_size)
+            for b in (self, other)
+        )
+        return mine == its
+
+
+@dataclass(frozen=True)
+class Composable:
+    """A batch whose requests may begin with the same keys: those are read once for all of these requests.
+
+    prefixes: None, then `Planner.plan` finds them in the page table; or (requests, keys) pairs: keys that all
+    of the requests begin with, in the same pages, a multiple of the planner's `tiles.kv`, before any of their
+    query tokens. Prefixes nest or have no request in common. That pages are the same is checked on a CPU, and
+    with FI_DEBUG=1. Takes a planner of several levels.
+    """
+
+    batch: BlockSparse
+    prefixes: Sequence[tuple[Sequence[int], int]] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch, BlockSparse):
+            raise TypeError(f"expected batch to be a BlockSparse, got {type(self.batch).__name__}")
 
 
 def _check_rows(name: str, x: torch.Tensor, wanted: int) -> None:

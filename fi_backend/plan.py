@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from . import custom_ops, debug, env, jit
-from .formats import BlockSparse
+from .formats import BlockSparse, Composable
+from .prefixes import PrefixFinder
 from .variants import Variant, check_requests
 
 if TYPE_CHECKING:
@@ -108,6 +109,12 @@ class _Layout(NamedTuple):
     items: int
     list_counts: int
     list_tiles: int
+    first_slot: int
+    levels_for_run: int
+    node_segment: int
+    parts: int
+    segment_rows: int
+    unit_cuts: int
     bytes: int
 
 
@@ -148,6 +155,13 @@ class Planner:
     tile sees a key are neither planned for nor loaded, and `plan` takes the variant's arguments. In place of
     causal and window; lengths must be exact when planned; the plan runs with variants that have all of skip.
 
+    levels: 1, or of Composable formats how many a row's keys may be in, from 2 to 8: prefixes above one
+    another, and what they leave. Such a planner needs max_kv_len and takes at most 1024 requests; lengths must
+    be exact when planned; not with window, skip or batch_invariant. max_shared_tokens: query tokens that read
+    prefixes, by default max_requests, which is enough for decode; `plan` shares the keys of requests of at
+    most max_shared_tokens // max_requests query tokens. share: "auto", keys are shared where that saves time
+    by csrc/cost.h, or "always". Variants that change keys or values do not run with levels.
+
     Raises ValueError for numbers that make no sense or do not fit.
     """
 
@@ -165,6 +179,9 @@ class Planner:
         window: int | None = None,
         skip: Variant | None = None,
         batch_invariant: bool = False,
+        levels: int = 1,
+        max_shared_tokens: int | None = None,
+        share: str = "auto",
         device: torch.device | str,
         tiles: Tiles | None = None,
         workspace: torch.Tensor | Callable[[torch.device, int], torch.Tensor] | None = None,
@@ -182,6 +199,8 @@ class Planner:
             raise ValueError(f"expected max_kv_len of at least 1 token, or None, got {max_kv_len}")
         if skip is not None:
             _check_skip(skip, causal, window)
+        if share not in ("auto", "always"):
+            raise ValueError(f'expected share="auto" or share="always", got {share!r}')
         self.q_heads, self.kv_heads, self.group = q_heads, kv_heads, q_heads // kv_heads
         self.head_dim_qk, self.head_dim_vo = head_dim, head_dim if head_dim_vo is None else head_dim_vo
         jit.check_head_dims(jit.arch_of(device), self.head_dim_qk, self.head_dim_vo)
@@ -191,6 +210,8 @@ class Planner:
         self.device = device
         self.tiles = tiles or Tiles.for_device(device, self.head_dim_qk, self.head_dim_vo, batch_invariant)
         self._core: Any = jit.core()
+        self.levels = levels
+        self.finder = self._make_finder(max_shared_tokens, share == "always") if levels != 1 else None
         self._config = tvm_ffi.Shape(
             (
                 kv_heads,
@@ -207,6 +228,8 @@ class Planner:
                 max_tokens,
                 max_kv_len or 0,
                 int(skip is not None),
+                levels,
+                *((0, 0, 0, 0, 0) if self.finder is None else self.finder.tree),
             )
         )
         self.layout = _Layout(*self._core.plan_layout(self._config))
@@ -229,6 +252,23 @@ class Planner:
         self.list_counts = self._view(self.layout.list_counts, (self.layout.list_lines,))
         self.tile_list = self._view(self.layout.list_tiles, (self.layout.list_lines, self.layout.list_width))
 
+    def _make_finder(self, max_shared_tokens: int | None, always: bool) -> PrefixFinder:
+        if self.max_kv_len is None:
+            raise ValueError(f"expected max_kv_len with levels of {self.levels}, got None")
+        return PrefixFinder(
+            q_heads=self.q_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim_qk,
+            head_dim_vo=self.head_dim_vo,
+            tile_kv=self.tiles.kv,
+            max_requests=self.max_requests,
+            max_shared_tokens=self.max_requests if max_shared_tokens is None else max_shared_tokens,
+            max_kv_len=self.max_kv_len,
+            max_depth=self.levels - 1,
+            always=always,
+            device=self.device,
+        )
+
     @property
     def plan_bytes(self) -> int:
         """Device bytes of the plan itself."""
@@ -236,8 +276,9 @@ class Planner:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of partial states, for any group: max_slots * partial_rows * (head_dim_vo + 1) floats; batch
-        invariant: (max_slots * partial_rows + workers * q_wide) * (head_dim_vo + 2)."""
+        """Bytes of partial states, for any group: slots * partial_rows * (head_dim_vo + 1) floats; batch
+        invariant: (slots * partial_rows + workers * q_wide) * (head_dim_vo + 2). slots: of the layout, max_slots,
+        and before them first_slot for those of rows in several levels."""
         return self._lse_offset + self._states * (8 if self.batch_invariant else 4)
 
     @property
@@ -248,7 +289,7 @@ class Planner:
     @property
     def worker_state(self) -> int:
         """Rows of partial states before those of the workers, which only batch invariant plans have."""
-        return self.layout.max_slots * self.partial_rows
+        return (self.layout.first_slot + self.layout.max_slots) * self.partial_rows
 
     @property
     def partial_rows(self) -> int:
@@ -287,9 +328,14 @@ class Planner:
         scalars = memory[self._lse_offset : wanted].view(torch.float32)
         return partial_o, scalars[:states], scalars[states:] if self.batch_invariant else None
 
+    @property
+    def levels_address(self) -> int:
+        """Of what executors read of composable formats, in the plan's buffer; 0: a single format."""
+        return 0 if self.finder is None else self._buffer.data_ptr() + self.layout.levels_for_run
+
     def plan(
         self,
-        batch: BlockSparse,
+        batch: BlockSparse | Composable,
         *,
         on: str = "device",
         qo_indptr_cpu: torch.Tensor | None = None,
@@ -306,6 +352,9 @@ class Planner:
         tensors must hold the same. With skip kv_len must be exact, because masks count from a row's position
         (compared by `run` on a CPU, and with FI_DEBUG=1), and on="device".
 
+        A Composable batch takes a planner of several levels, exact lengths and on="device". On a GPU one with
+        prefixes takes its lengths as qo_indptr_cpu and kv_len_cpu too, and cannot be captured.
+
         Raises ValueError or TypeError for lengths of the wrong shape, dtype or device, and, where they are
         read on the host, for lengths beyond the capacities. On a GPU those give an empty plan: Plan.check.
         """
@@ -315,6 +364,8 @@ class Planner:
             with torch.cuda.device(self.device):
                 lengths = {"qo_indptr_cpu": qo_indptr_cpu, "kv_len_cpu": kv_len_cpu}
                 return self.plan(batch, on=on, **lengths, **skip_args)
+        if self.finder is not None or isinstance(batch, Composable):
+            batch = self._share(batch, on, qo_indptr_cpu, kv_len_cpu)
         if self.skip is not None or skip_args:
             self.list_tiles(batch, on, skip_args)
         if self._smxx is None:
@@ -327,12 +378,45 @@ class Planner:
                 self._config, self._buffer, batch.qo_indptr, batch.kv_len, smxx.plan, smxx.error
             )
         last = self.planned
-        if last is None or last.qo_indptr is not batch.qo_indptr or last.kv_len is not batch.kv_len:
+        if last is None or not self._same_lengths(last, batch):
             self.planned = last = batch
         plan = Plan(self, batch, last)
         if self._debug and not (self._smxx and torch.cuda.is_current_stream_capturing()):
             plan.check()
         return plan
+
+    def _same_lengths(self, last: BlockSparse, batch: BlockSparse) -> bool:
+        """Whether both have the same work items; with levels those depend on the page table too."""
+        lengths = last.qo_indptr is batch.qo_indptr and last.kv_len is batch.kv_len
+        return lengths and (self.finder is None or last.same_table(batch))
+
+    def _share(
+        self,
+        given: BlockSparse | Composable,
+        on: str,
+        qo_indptr: torch.Tensor | None,
+        kv_len: torch.Tensor | None,
+    ) -> BlockSparse:
+        """The first step of `plan` with levels: the tree of prefixes, which the planner then reads."""
+        if self.finder is None:
+            raise ValueError("expected a planner with levels of at least 2 for a Composable batch, got 1")
+        if on != "device":
+            raise ValueError(f'expected on="device" with levels of {self.levels}, got on={on!r}')
+        if not isinstance(given, Composable):
+            self.finder.clear()
+            return given
+        batch = given.batch
+        if given.prefixes is None:
+            self.finder.find(batch)
+            return batch
+        if self._smxx is None:
+            qo_indptr, kv_len = batch.qo_indptr, batch.kv_len
+        elif qo_indptr is None or kv_len is None:
+            raise ValueError("expected qo_indptr_cpu and kv_len_cpu with prefixes on a GPU, got None")
+        if self._smxx is None or self._debug:
+            debug.check_prefixes(batch, given.prefixes)
+        self.finder.set(given.prefixes, qo_indptr, kv_len)
+        return batch
 
     def list_tiles(self, batch: BlockSparse, on: str, skip_args: dict[str, Any]) -> None:
         """The first step of `plan`: fills list_counts and tile_list from what skip sees."""
@@ -413,7 +497,8 @@ class Plan:
 
     @property
     def header(self) -> torch.Tensor:
-        """[16] int32: items, merges, slots, segments, slice, total (int64 both), error, rounds, 6 unused."""
+        """[16] int32: items, merges, slots, segments, slice, total (int64 both), error, rounds, state_rows, 5
+        unused."""
         return self.planner.header
 
     @property
@@ -443,7 +528,9 @@ class Plan:
 
     def rebind(self, batch: BlockSparse) -> Plan:
         """The same work items over another page table. Its lengths must be equal (on a GPU: only their number
-        is checked)."""
+        is checked). Not with levels: work items are of what the page table shares."""
+        if self.planner.finder is not None:
+            raise ValueError(f"expected a planner of levels=1 to rebind, got {self.planner.levels}")
         if batch.num_requests != self.batch.num_requests:
             raise ValueError(
                 f"expected a batch of {self.batch.num_requests} requests, got {batch.num_requests}"

@@ -107,6 +107,18 @@ class PrefixFinder:
             view(layout.places, self.max_shared_tokens, 2),
         )
 
+    @property
+    def tree(self) -> tuple[int, int, int, int, int]:
+        """As planners take it: max_shared_tokens, then the addresses of header, prefixes, prefix_of, places."""
+        parts = (self.header, self.prefixes, self.prefix_of, self.places)
+        header, prefixes, prefix_of, places = (x.data_ptr() for x in parts)
+        return self.max_shared_tokens, header, prefixes, prefix_of, places
+
+    def clear(self) -> None:
+        """Empties the tree: nothing is shared. On a GPU on the current stream, and capturable."""
+        self.header.zero_()
+        self.prefix_of.fill_(-1)
+
     def find(self, batch: BlockSparse) -> None:
         """Fills the tree with what the batch's page tables share, entries compared as they are stored.
 

@@ -78,6 +78,7 @@ def bind(plan: Plan, profile: torch.Tensor | None = None) -> torch.Tensor:
         planner.head_dim_vo,
         profile,
         None if planner.skip is None else planner.tile_list,
+        planner.levels_address,
     )
     plan.__dict__["_bound"] = storage  # a cache: the plan itself stays frozen
     return storage
@@ -99,7 +100,12 @@ def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtyp
     if dtype not in jit.DTYPES:
         raise TypeError(f"expected q of bfloat16, float16 or float32, got {dtype}")
     dims = planner.head_dim_qk, planner.head_dim_vo
-    flags = planner.batch_invariant, runner.profile, planner.skip is not None
+    if planner.finder is not None and (changed := [f.name for f in variant.features if f.key or f.value]):
+        raise ValueError(
+            f"expected a variant without key and value transforms with levels of {planner.levels} (keys of a "
+            f"prefix are of many requests), got {changed} in {variant}"
+        )
+    flags = planner.batch_invariant, runner.profile, planner.skip is not None, planner.finder is not None
     spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, *flags)
     if runner.debug and variant.tensors:
         runner.unchecked[variant, dtype] = jit.executor(spec)

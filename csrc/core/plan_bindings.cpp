@@ -1,13 +1,11 @@
 // What Python's Planner calls. A configuration travels as one Shape: the fields of PlanConfig in order.
-#include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/function.h>
 #include <tvm/ffi/string.h>
 
 #include <cstring>
-#include <stdexcept>
 
+#include "config.h"
 #include "cost.h"
-#include "door.h"
 #include "plan.h"
 #include "schedule.h"
 #include "tiles.h"
@@ -15,43 +13,8 @@
 namespace fi::core {
 namespace {
 
-using tvm::ffi::Shape;
-
-constexpr DLDataType kInt32{kDLInt, 32, 1};
-
-template <class Struct>
-Shape numbers_of(const Struct& fields) {
-  static_assert(sizeof(Struct) % sizeof(int64_t) == 0);
-  int64_t numbers[sizeof(Struct) / sizeof(int64_t)];
-  std::memcpy(numbers, &fields, sizeof fields);
-  return Shape(numbers, numbers + sizeof(Struct) / sizeof(int64_t));
-}
-
 PlanConfig config_of(const Shape& numbers) {
-  PlanConfig config;
-  FI_REQUIRE(numbers.size() * sizeof(int64_t) == sizeof config, ValueError)
-      << "expected a planner configuration of " << sizeof config / sizeof(int64_t) << " numbers, got "
-      << numbers.size();
-  std::memcpy(&config, numbers.data(), sizeof config);
-  return config;
-}
-
-template <class F>
-auto as_value_error(F&& f) {
-  try {
-    return f();
-  } catch (const std::invalid_argument& error) {
-    TVM_FFI_THROW(ValueError) << error.what();
-  }
-  TVM_FFI_UNREACHABLE();
-}
-
-bool on_host(const TensorView& x) {  // pinned memory may call itself a device of its own
-  return x.device().device_type == kDLCPU || x.device().device_type == kDLCUDAHost;
-}
-
-void require_beside(const char* name, const TensorView& x, const TensorView& buffer) {
-  if (!on_host(x) || !on_host(buffer)) require_device(name, x, buffer.device());
+  return struct_of<PlanConfig>(numbers, "a planner configuration");
 }
 
 PlanParams params_of(const PlanConfig& config, const PlanLayout& layout, const TensorView& buffer,
@@ -62,22 +25,9 @@ PlanParams params_of(const PlanConfig& config, const PlanLayout& layout, const T
   FI_REQUIRE(reinterpret_cast<uintptr_t>(data_of(buffer)) % 64 == 0, ValueError)
       << "expected the plan buffer aligned to 64 bytes, got an address that is "
       << reinterpret_cast<uintptr_t>(data_of(buffer)) % 64 << " bytes past";
-  require_beside("qo_indptr", qo_indptr, buffer);
-  require_beside("kv_len", kv_len, buffer);
-  require_dtype("qo_indptr", qo_indptr, kInt32);
-  require_dtype("kv_len", kv_len, kInt32);
-  require_rank("qo_indptr", qo_indptr, 1, "[requests + 1]");
-  require_rank("kv_len", kv_len, 1, "[requests]");
-  int64_t requests = kv_len.size(0);
-  FI_REQUIRE(qo_indptr.size(0) == requests + 1, ValueError)
-      << "expected qo_indptr of " << requests + 1 << " entries (kv_len has " << requests << "), got "
-      << qo_indptr.size(0);
-  FI_REQUIRE(requests <= config.max_requests, ValueError)
-      << "expected at most " << config.max_requests << " requests (max_requests), got " << requests;
-  FI_REQUIRE(qo_indptr.IsContiguous() && kv_len.IsContiguous(), ValueError)
-      << "expected qo_indptr and kv_len contiguous";
+  int32_t requests = require_lengths(qo_indptr, kv_len, buffer, config.max_requests);
   return plan_params(config, layout, data_of(buffer), reinterpret_cast<const int32_t*>(data_of(qo_indptr)),
-                     reinterpret_cast<const int32_t*>(data_of(kv_len)), int32_t(requests));
+                     reinterpret_cast<const int32_t*>(data_of(kv_len)), requests);
 }
 
 Shape layout_of(const Shape& numbers) {

@@ -10,12 +10,6 @@
 namespace fi::core {
 namespace {
 
-constexpr DLDataType kInt32{kDLInt, 32, 1};
-
-bool on_host(const TensorView& x) {  // pinned memory may call itself a device of its own
-  return x.device().device_type == kDLCPU || x.device().device_type == kDLCUDAHost;
-}
-
 Shape layout_of(const Shape& numbers) {
   auto config = struct_of<PrefixConfig>(numbers, "a prefix finder's configuration");
   return numbers_of(as_value_error([&] { return prefix_layout(config); }));
@@ -25,22 +19,11 @@ Shape layout_of(const Shape& numbers) {
 FindParams params_of(const PrefixConfig& config, const TensorView& buffer, const TensorView& qo_indptr,
                      const TensorView& kv_len) {
   PrefixLayout layout = as_value_error([&] { return prefix_layout(config); });
-  for (auto [name, x] : {std::pair("qo_indptr", &qo_indptr), std::pair("kv_len", &kv_len)}) {
-    if (!on_host(*x) || !on_host(buffer)) require_device(name, *x, buffer.device());
-    require_dtype(name, *x, kInt32);
-    require_rank(name, *x, 1, "[requests]");
-    FI_REQUIRE(x->IsContiguous(), ValueError) << "expected " << name << " contiguous";
-  }
-  int64_t requests = kv_len.size(0);
-  FI_REQUIRE(qo_indptr.size(0) == requests + 1, ValueError)
-      << "expected qo_indptr of " << requests + 1 << " entries (kv_len has " << requests << "), got "
-      << qo_indptr.size(0);
-  FI_REQUIRE(requests <= config.max_requests, ValueError)
-      << "expected at most " << config.max_requests << " requests (max_requests), got " << requests;
+  int32_t requests = require_lengths(qo_indptr, kv_len, buffer, config.max_requests);
   FindParams p = find_params(config, layout, data_of(buffer));
   p.batch.qo_indptr = reinterpret_cast<const int32_t*>(data_of(qo_indptr));
   p.batch.kv_len = reinterpret_cast<const int32_t*>(data_of(kv_len));
-  p.batch.num_requests = int32_t(requests);
+  p.batch.num_requests = requests;
   return p;
 }
 
@@ -51,7 +34,7 @@ void find_prefixes(const Shape& numbers, TensorView buffer, TensorView qo_indptr
   auto config = struct_of<PrefixConfig>(numbers, "a prefix finder's configuration");
   FindParams p = params_of(config, buffer, qo_indptr, kv_len);
   require_device("page table", table, buffer.device());
-  require_dtype("page table", table, kInt32);
+  require_dtype("page table", table, DLDataType{kDLInt, 32, 1});
   FI_REQUIRE(entry_step >= 0 && entry_step <= INT32_MAX, ValueError)
       << "expected a page table step of 0 to 2147483647 entries, got " << entry_step;
   FI_REQUIRE(page_size >= 1 && page_size <= kMaxKvLen, ValueError)

@@ -26,6 +26,7 @@ using spec::Args;
 using spec::kBatchInvariant;
 using spec::kHeadDimQk;
 using spec::kHeadDimVo;
+using spec::kLevels;
 using spec::kProfile;
 using spec::kTileList;
 using spec::Variant;
@@ -80,37 +81,49 @@ Tile& my_tile() {
   return *tile;
 }
 
-int64_t first_token(const AttentionParams& p, const WorkItem& w) { return p.batch.qo_indptr[w.request]; }
+int64_t first_token(const AttentionParams& p, int32_t request) { return p.batch.qo_indptr[request]; }
+
+int32_t tokens_of(const AttentionParams& p, int32_t request) {
+  return p.batch.qo_indptr[request + 1] - p.batch.qo_indptr[request];
+}
+
+// The prefix that an item is of, null: a request's own keys.
+const Prefix* prefix_of(const AttentionParams& p, const WorkItem& w) {
+  if (!kLevels || w.request < p.batch.num_requests) return nullptr;
+  return p.levels->tree.prefixes + (w.request - p.batch.num_requests);
+}
 
 int rows_of(const AttentionParams& p, const WorkItem& w) {
-  int64_t q_len = p.batch.qo_indptr[w.request + 1] - first_token(p, w);
-  int64_t left = q_len * p.group - w.row_begin;
+  const Prefix* prefix = prefix_of(p, w);
+  int64_t tokens = prefix ? prefix->tokens : tokens_of(p, w.request);
+  int64_t left = tokens * p.group - w.row_begin;
   return int(std::min<int64_t>(left, w.flags & kWideTile ? kTiles.q_wide : kTiles.q_narrow));
 }
 
-// Where row i of the tile lies in q and out.
-struct Place {
+// Which of q's and out's rows is row i of the tile.
+struct QueryRow {
   int64_t token;
-  int32_t head;
+  int32_t head, request;
 };
-Place place_of(const AttentionParams& p, const WorkItem& w, int i) {
-  int32_t row = w.row_begin + i;
-  return {first_token(p, w) + row / p.group, w.kv_head * p.group + row % p.group};
+QueryRow query_row(const AttentionParams& p, const WorkItem& w, int i) {
+  const Prefix* prefix = prefix_of(p, w);
+  int32_t nth = (w.row_begin + i) / p.group, head = w.kv_head * p.group + (w.row_begin + i) % p.group;
+  if (!prefix) return {first_token(p, w.request) + nth, head, w.request};
+  const Place& place = p.levels->tree.places[prefix->first + nth];
+  return {place.token, head, place.request};
 }
 
-Row row_at(const AttentionParams& p, const WorkItem& w, int i) {
-  Place at = place_of(p, w, i);
-  int32_t kv_len = p.batch.kv_len[w.request];
-  int32_t q_len = p.batch.qo_indptr[w.request + 1] - p.batch.qo_indptr[w.request];
-  int32_t q_pos = kv_len - q_len + int32_t(at.token - first_token(p, w));
-  return {w.request, at.head, q_pos, kv_len, q_len, int32_t(at.token)};
+Row row_at(const AttentionParams& p, const QueryRow& at) {
+  int32_t kv_len = p.batch.kv_len[at.request], q_len = tokens_of(p, at.request);
+  int32_t q_pos = kv_len - q_len + int32_t(at.token - first_token(p, at.request));
+  return {at.request, at.head, q_pos, kv_len, q_len, int32_t(at.token)};
 }
 
 void load_rows(const AttentionParams& p, const Args& args, const WorkItem& w, Tile& t) {
   t.rows = rows_of(p, w);
   for (int i = 0; i < t.rows; ++i) {
-    Place at = place_of(p, w, i);
-    t.row[i] = row_at(p, w, i);
+    QueryRow at = query_row(p, w, i);
+    t.row[i] = row_at(p, at);
     t.keys[i] = Variant::keys(args, t.row[i]);
     const Element* q = static_cast<const Element*>(p.q) + at.token * p.q_token + at.head * p.q_head;
     for (int d = 0; d < kHeadDimQk; ++d) t.q[i][d] = to_float(q[d]);
@@ -154,11 +167,13 @@ int64_t page_of(const Batch& b, int32_t request, int32_t index, int32_t page_siz
 void load_keys(const AttentionParams& p, const Args& args, const WorkItem& w, int32_t begin, int32_t end,
                Tile& t) {
   const KVCache& kv = p.kv;
+  const Prefix* prefix = prefix_of(p, w);
+  const int32_t request = prefix ? prefix->request : w.request;
   int32_t origin = begin / kKeys * kKeys;
   for (int32_t pos = begin; pos < end;) {
     int32_t index = pos / kv.page_size, offset = pos % kv.page_size;
     int32_t run = std::min(kv.page_size - offset, end - pos);
-    int64_t page = page_of(p.batch, w.request, index, kv.page_size);
+    int64_t page = page_of(p.batch, request, index, kv.page_size);
     const Element* k = static_cast<const Element*>(kv.k) + page * kv.k_page + w.kv_head * kv.k_head;
     const Element* v = static_cast<const Element*>(kv.v) + page * kv.v_page + w.kv_head * kv.v_head;
     for (int32_t i = 0; i < run; ++i) {
@@ -168,7 +183,7 @@ void load_keys(const AttentionParams& p, const Args& args, const WorkItem& w, in
       const Element* from_v = v + (offset + i) * kv.v_token;
       for (int d = 0; d < kHeadDimQk; ++d) to_k[d] = to_float(from_k[d]);
       for (int d = 0; d < kHeadDimVo; ++d) to_v[d] = to_float(from_v[d]);
-      const Key key{w.request, w.kv_head, pos + i, p.batch.kv_len[w.request]};
+      const Key key{request, w.kv_head, pos + i, p.batch.kv_len[request]};
       if constexpr (Variant::kHasKey)
         replace<kHeadDimQk>(to_k, [&](auto x) { return Variant::key(args, x, key); });
       if constexpr (Variant::kHasValue)
@@ -257,7 +272,7 @@ void attend(const AttentionParams& p, const Args& args, const WorkItem& w, KeyRa
 void attend_listed(const AttentionParams& p, const Args& args, const WorkItem& w, Tile& t) {
   clear(t);
   KeyRange range = range_of_rows(t);
-  int32_t rows_before = int32_t(first_token(p, w) - p.batch.qo_indptr[0]) * p.group;
+  int32_t rows_before = int32_t(first_token(p, w.request) - p.batch.qo_indptr[0]) * p.group;
   int64_t line = tile_line(w.request, rows_before, kRows, w.row_begin / kRows);
   const int32_t* tiles = p.tile_list + line * p.tile_list_width;
   for (int32_t n = w.kv_begin / kKeys; n < w.kv_end / kKeys; ++n) {
@@ -269,23 +284,21 @@ void attend_listed(const AttentionParams& p, const Args& args, const WorkItem& w
   }
 }
 
-void write_row(const AttentionParams& p, const Args& args, const WorkItem& w, int i, const Row& row,
-               State state, const float* o) {
-  Place at = place_of(p, w, i);
-  Element* out = static_cast<Element*>(p.out) + at.token * p.o_token + at.head * p.o_head;
-  float factor = state.finish<Variant>(args, at.head);
+void write_row(const AttentionParams& p, const Args& args, const Row& row, State state, const float* o) {
+  Element* out = static_cast<Element*>(p.out) + row.q_token * p.o_token + row.q_head * p.o_head;
+  float factor = state.finish<Variant>(args, row.q_head);
   for (int d = 0; d < kHeadDimVo; ++d)
     out[d] = from_float<Element>(Variant::output(args, o[d] * factor, row, d));
-  if (p.lse) p.lse[at.token * p.kv_heads * p.group + at.head] = state.lse() * kLn2;
+  if (p.lse) p.lse[int64_t(row.q_token) * p.kv_heads * p.group + row.q_head] = state.lse() * kLn2;
 }
 
 void store(const AttentionParams& p, const Args& args, const WorkItem& w, const Tile& t) {
   for (int i = 0; i < t.rows; ++i) {
     if (w.slot < 0) {
-      write_row(p, args, w, i, t.row[i], t.state[i], t.o[i]);
+      write_row(p, args, t.row[i], t.state[i], t.o[i]);
       continue;
     }
-    int64_t at = int64_t(w.slot) * p.partial_rows + i;
+    int64_t at = (kLevels ? w.slot : int64_t(w.slot) * p.partial_rows) + i;
     p.partial_lse[at] = t.state[i].lse();
     float inverse = t.state[i].inverse();
     for (int d = 0; d < kHeadDimVo; ++d) p.partial_o[at * kHeadDimVo + d] = t.o[i][d] * inverse;
@@ -304,7 +317,7 @@ void join_chunk(const AttentionParams& p, const Args& args, const WorkItem& w, i
     for (int d = 0; d < kHeadDimVo; ++d)
       t.o[i][d] = State::joined(first ? 0.f : o[d], f, t.o[i][d] * inverse);
     if (last && w.slot < 0) {
-      write_row(p, args, w, i, t.row[i], state, t.o[i]);
+      write_row(p, args, t.row[i], state, t.o[i]);
       continue;
     }
     std::copy_n(t.o[i], kHeadDimVo, o);
@@ -326,19 +339,48 @@ void attend_in_chunks(const AttentionParams& p, const Args& args, const WorkItem
   } while (begin < range.end);
 }
 
+// Partial states of one row, joined one after the other.
+struct Joined {
+  State state = State::empty();
+  float o[kHeadDimVo] = {};
+
+  void add(const AttentionParams& p, int64_t at) {
+    State::Factors f = state.join(p.partial_lse[at], kBatchInvariant ? p.partial_sum[at] : 1.f);
+    for (int d = 0; d < kHeadDimVo; ++d) o[d] = State::joined(o[d], f, p.partial_o[at * kHeadDimVo + d]);
+  }
+};
+
 // w.kv_begin .. w.kv_end are slots here, joined in their order.
 void merge(const AttentionParams& p, const Args& args, const WorkItem& w) {
+  if (kLevels && w.request < 0) return;  // merge_place joins these
   int rows = rows_of(p, w);
-  float o[kHeadDimVo];
   for (int i = 0; i < rows; ++i) {
-    State state = State::empty();
-    std::fill_n(o, kHeadDimVo, 0.f);
-    for (int32_t slot = w.kv_begin; slot < w.kv_end; ++slot) {
-      int64_t at = int64_t(slot) * p.partial_rows + i;
-      State::Factors f = state.join(p.partial_lse[at], kBatchInvariant ? p.partial_sum[at] : 1.f);
-      for (int d = 0; d < kHeadDimVo; ++d) o[d] = State::joined(o[d], f, p.partial_o[at * kHeadDimVo + d]);
+    Joined joined;
+    for (int32_t slot = w.kv_begin; slot < w.kv_end; ++slot)
+      joined.add(p, int64_t(slot) * p.partial_rows + i);
+    write_row(p, args, row_at(p, query_row(p, w, i)), joined.state, joined.o);
+  }
+}
+
+// Composable formats: the states that one query token's rows have in several nodes, see schedule.h.
+void merge_place(const AttentionParams& p, const Args& args, int32_t place) {
+  const Levels& levels = *p.levels;
+  const Place& at = levels.tree.places[place];
+  for (int32_t head = 0; head < p.kv_heads * p.group; ++head) {
+    const int32_t kv_head = head / p.group;
+    Joined joined;
+    for (int32_t k = 0; k < levels.count; ++k) {
+      const Part& part = levels.parts[int64_t(place) * levels.count + k];
+      if (part.segment < 0) break;
+      const int32_t width = part.row & 1 ? kTiles.q_wide : kTiles.q_narrow;
+      const int32_t packed = part.row / 2 + head % p.group, segment = part.segment + packed / width;
+      const int32_t* cuts = levels.unit_cuts + kv_head * p.header->segments + segment;
+      const CutCount before{cuts[0]}, after{cuts[1]};
+      joined.add(p, kv_head * p.header->state_rows + levels.segment_rows[segment] + packed % width);
+      for (int32_t i = 1; i <= after.cuts() - before.cuts(); ++i)
+        joined.add(p, int64_t(levels.first_slot + before.slots() + i) * p.partial_rows + packed % width);
     }
-    write_row(p, args, w, i, row_at(p, w, i), state, o);
+    write_row(p, args, row_at(p, {at.token, head, at.request}), joined.state, joined.o);
   }
 }
 
@@ -372,6 +414,9 @@ void run(const AttentionParams& p) {
       merge(p, args, p.merges[n]);
       ItemTimer<kProfile>::stop(p, p.header->items + n);
     }
+    const int32_t places = kLevels ? p.levels->tree.header->tokens : 0;
+#pragma omp for schedule(static)
+    for (int32_t place = 0; place < places; ++place) merge_place(p, args, place);
   }
 }
 

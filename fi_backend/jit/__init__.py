@@ -49,8 +49,9 @@ class Spec:
     """One executor build. arch: 0 for the CPU, else 80, 86, ...; dtype: "bf16", "f16", "f32" (CPU only).
 
     batch_invariant: for plans of a batch invariant planner, and for no others. profile: writes down when each
-    item and merge begins and ends; for `measure`. tile_list: for plans that skip, and for no others. debug:
-    finds tensor arguments indexed out of range; takes them as `debug.Arguments` has them.
+    item and merge begins and ends; for `measure`. tile_list: for plans that skip, and for no others. levels:
+    for plans of a planner with more than one level, and for no others. debug: finds tensor arguments indexed
+    out of range; takes them as `debug.Arguments` has them.
     """
 
     arch: int
@@ -61,6 +62,7 @@ class Spec:
     batch_invariant: bool = False
     profile: bool = False
     tile_list: bool = False
+    levels: bool = False
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class Spec:
     def __str__(self) -> str:
         dims = f"{self.head_dim_qk}x{self.head_dim_vo}"
         more = " batch invariant" * self.batch_invariant + " profile" * self.profile
-        more += " tile list" * self.tile_list + " debug" * self.debug
+        more += " tile list" * self.tile_list + " levels" * self.levels + " debug" * self.debug
         return f"{arch_name(self.arch)} attention {self.dtype} {dims} {self.variant}{more}"
 
     def header(self) -> str:
@@ -92,7 +94,8 @@ class Spec:
             f"constexpr int kHeadDimQk = {self.head_dim_qk}, kHeadDimVo = {self.head_dim_vo};\n"
             f"constexpr bool kBatchInvariant = {str(self.batch_invariant).lower()};\n"
             f"constexpr bool kProfile = {str(self.profile).lower()};\n"
-            f"constexpr bool kTileList = {str(self.tile_list).lower()};\n}}\n"
+            f"constexpr bool kTileList = {str(self.tile_list).lower()};\n"
+            f"constexpr bool kLevels = {str(self.levels).lower()};\n}}\n"
         )
 
 
@@ -281,7 +284,7 @@ def _smxx_library(arch: int) -> Library:
 def _file_name(spec: Spec) -> str:
     dims = f"{spec.head_dim_qk}x{spec.head_dim_vo}"
     more = "-invariant" * spec.batch_invariant + "-profile" * spec.profile
-    more += "-listed" * spec.tile_list + "-debug" * spec.debug
+    more += "-listed" * spec.tile_list + "-levels" * spec.levels + "-debug" * spec.debug
     return f"{arch_name(spec.arch)}-{spec.dtype}-{dims}-{spec.variant}{more}".replace("+", "_").lower()
 
 
