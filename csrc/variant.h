@@ -32,6 +32,13 @@ struct Row {        // one query row
   int32_t q_token;  // index of the row's token in q
 };
 
+// Of query token `token` of q.
+FI_HD Row row_of_token(const Batch& batch, int32_t request, int32_t q_head, int32_t token) {
+  const int32_t first = batch.qo_indptr[request], q_len = batch.qo_indptr[request + 1] - first;
+  const int32_t kv_len = batch.kv_len[request];
+  return {request, q_head, kv_len - q_len + token - first, kv_len, q_len, token};
+}
+
 struct Key {  // one key, or value
   int32_t request, kv_head;
   int32_t kv_pos;  // among the request's keys

@@ -114,9 +114,7 @@ QueryRow query_row(const AttentionParams& p, const WorkItem& w, int i) {
 }
 
 Row row_at(const AttentionParams& p, const QueryRow& at) {
-  int32_t kv_len = p.batch.kv_len[at.request], q_len = tokens_of(p, at.request);
-  int32_t q_pos = kv_len - q_len + int32_t(at.token - first_token(p, at.request));
-  return {at.request, at.head, q_pos, kv_len, q_len, int32_t(at.token)};
+  return row_of_token(p.batch, at.request, at.head, int32_t(at.token));
 }
 
 void load_rows(const AttentionParams& p, const Args& args, const WorkItem& w, Tile& t) {

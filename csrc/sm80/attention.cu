@@ -1,8 +1,18 @@
 // Door of the sm80 room: launches the persistent kernel and the merge for the spec in fi_spec.h.
-#include "../smxx/merge.cuh"
+#include "../smxx/merge_places.cuh"
 #include "attention.cuh"
 
 #include <cuda_runtime.h>
+
+namespace fi::sm80 {
+
+__global__ void __launch_bounds__(32 * kMergeWarps, kMergeResidents)
+    merge_after_items(const __grid_constant__ AttentionParams p) {
+  merge_rows(p, [] {});
+  if constexpr (kLevels) merge_places(p);
+}
+
+}  // namespace fi::sm80
 
 extern "C" int fi_attention(const fi::AttentionParams* params, void* stream_handle) {
   using namespace fi::sm80;
@@ -15,9 +25,7 @@ extern "C" int fi_attention(const fi::AttentionParams* params, void* stream_hand
   attention_kernel<<<params->workers, kThreads, kSmemBytes, stream>>>(*params);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  auto merge = fi::smxx::merge_kernel<Element, Variant, Args, kBatchInvariant, kProfile, kTileQ,
-                                      kTiles.q_narrow, kDimVo>;
-  merge<<<params->workers, 32 * fi::smxx::kMergeWarps, 0, stream>>>(*params);
+  merge_after_items<<<params->workers * kMergeBlocks, 32 * kMergeWarps, 0, stream>>>(*params);
   return cudaGetLastError();
 }
 

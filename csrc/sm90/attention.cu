@@ -1,5 +1,5 @@
 // Door of the sm90 room: tensor maps of the cache, then the persistent kernel and the merge.
-#include "../smxx/merge.cuh"
+#include "../smxx/merge_places.cuh"
 #include "attention.cuh"
 
 #include <cuda_runtime.h>
@@ -30,10 +30,10 @@ cudaError_t launch_early(void (*kernel)(P), const P& params, int blocks, int thr
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-__global__ void __launch_bounds__(32 * smxx::kMergeWarps, 2)
+__global__ void __launch_bounds__(32 * kMergeWarps, kMergeResidents)
     merge_after_items(const __grid_constant__ AttentionParams p) {
-  smxx::merge_rows<Element, Variant, Args, kBatchInvariant, kProfile, kTileQ, kTiles.q_narrow, kDimVo>(
-      p, wait_for_kernel_before);
+  merge_rows(p, wait_for_kernel_before);
+  if constexpr (kLevels) merge_places(p);
 }
 
 // Tokens of a box, or 0. Boxes are whole groups of eight swizzled lines and lie within a page and a tile.
@@ -142,7 +142,7 @@ extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_h
   if (error != cudaSuccess) return error;
   error = launch_early(attention_kernel, params, attention->workers, kThreads, kSmemBytes, stream);
   if (error != cudaSuccess) return error;
-  return launch_early(merge_after_items, *attention, attention->workers, 32 * fi::smxx::kMergeWarps, 0,
+  return launch_early(merge_after_items, *attention, attention->workers * kMergeBlocks, 32 * kMergeWarps, 0,
                       stream);
 }
 

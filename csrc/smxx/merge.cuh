@@ -3,15 +3,16 @@
 #pragma once
 #include "../arguments.h"
 #include "../state.h"
-#include "../timer.h"
+#include "spec.cuh"
 
 namespace fi::smxx {
 
 constexpr int kMergeWarps = 8;
+// Blocks for each worker, and how many a multiprocessor holds. Composable formats have many rows to join.
+constexpr int kMergeBlocks = kLevels ? 3 : 1, kMergeResidents = kLevels ? 3 : 2;
 
 // A batch beyond the planner's capacity has no items. Without synchronising nobody can be told, so every
 // output becomes NaN: it shows where a stale or empty row would pass for an answer.
-template <class Element, int kDimVo>
 __device__ void fill_with_nan(const AttentionParams& p) {
   int64_t heads = int64_t(p.kv_heads) * p.group, rows = p.tokens * heads;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -22,14 +23,12 @@ __device__ void fill_with_nan(const AttentionParams& p) {
 }
 
 // The columns of o that a lane has: 4 lane to 4 lane + 3, and 128 further on.
-template <int kDimVo>
 using Columns = float4[(kDimVo + 127) / 128];
 
 // The states of one row in slots [begin, end). Slots beyond 32 are taken in rounds of 32, the running state
 // carried along.
-template <int kDimVo>
 __device__ __forceinline__ State weigh_states(const AttentionParams& p, int begin, int end, int row,
-                                              Columns<kDimVo>& o) {
+                                              Columns& o) {
   int lane = threadIdx.x % 32;
   float top = -INFINITY, sum = 0.f;
   for (int first = begin; first < end; first += 32) {
@@ -62,9 +61,8 @@ __device__ __forceinline__ State weigh_states(const AttentionParams& p, int begi
 }
 
 // Batch invariant: one after the other, as chunks join in the kernel.
-template <int kDimVo>
 __device__ __forceinline__ State join_states(const AttentionParams& p, int begin, int end, int row,
-                                             Columns<kDimVo>& o) {
+                                             Columns& o) {
   int lane = threadIdx.x % 32;
   State state = State::empty();
 #pragma unroll 4
@@ -84,10 +82,8 @@ __device__ __forceinline__ State join_states(const AttentionParams& p, int begin
 }
 
 // The row of one query head, its states joined.
-template <class Element, class Variant, int kDimVo, class Args>
 __device__ __forceinline__ void write_merged(const AttentionParams& p, const Args& args, const Row& row,
-                                             int64_t q_token, int head, State joined,
-                                             const Columns<kDimVo>& o) {
+                                             int64_t q_token, int head, State joined, const Columns& o) {
   int lane = threadIdx.x % 32;
   float factor = joined.finish<Variant>(args, head);
   if (p.lse && lane == 0) p.lse[q_token * (p.kv_heads * p.group) + head] = joined.lse() * kLn2;
@@ -104,48 +100,39 @@ __device__ __forceinline__ void write_merged(const AttentionParams& p, const Arg
 }
 
 // wait: returns when the partial states are there; what the plan says is read before.
-template <class Element, class Variant, class Args, bool kInOrder, bool kProfile, int kTileQ,
-          int kTileQNarrow, int kDimVo, class Wait>
+template <class Wait>
 __device__ __forceinline__ void merge_rows(const AttentionParams& p, Wait wait) {
   Args args = args_of<Args>(p);
-  int lane = threadIdx.x % 32;
   int merges = p.header->merges;
   bool failed = p.header->error, waited = false;
   for (int m = blockIdx.x; m < merges; m += gridDim.x) {
     WorkItem item = p.merges[m];
-    if (item.request < 0) continue;  // composable formats: merge_places joins these
+    if (kLevels && item.request < 0) continue;  // merge_places joins these
     int q_first = p.batch.qo_indptr[item.request];
     int q_len = p.batch.qo_indptr[item.request + 1] - q_first;
-    int tile_rows = item.flags & kWideTile ? kTileQ : kTileQNarrow;
+    int tile_rows = item.flags & kWideTile ? kTileQ : kTiles.q_narrow;
     int row_end = min(q_len * p.group, item.row_begin + tile_rows);
     if (!waited) wait();
     waited = true;
     if (threadIdx.x == 0) ItemTimer<kProfile>::start(p, p.header->items + m);
     for (int packed = item.row_begin + threadIdx.x / 32; packed < row_end; packed += kMergeWarps) {
-      Columns<kDimVo> o = {};
+      Columns o = {};
       int begin = item.kv_begin, end = item.kv_end, row_of_tile = packed - item.row_begin;
-      State joined = kInOrder ? join_states<kDimVo>(p, begin, end, row_of_tile, o)
-                              : weigh_states<kDimVo>(p, begin, end, row_of_tile, o);
+      State joined = kBatchInvariant ? join_states(p, begin, end, row_of_tile, o)
+                                     : weigh_states(p, begin, end, row_of_tile, o);
       int token = packed / p.group, head = item.kv_head * p.group + packed - token * p.group;
       Row row{};  // read by output transforms alone
       if constexpr (Variant::kHasOutput) {
         int kv_len = p.batch.kv_len[item.request];
         row = {item.request, head, kv_len - q_len + token, kv_len, q_len, q_first + token};
       }
-      write_merged<Element, Variant, kDimVo>(p, args, row, q_first + token, head, joined, o);
+      write_merged(p, args, row, q_first + token, head, joined, o);
     }
     if constexpr (kProfile) __syncthreads();  // the last warp is done
     if (threadIdx.x == 0) ItemTimer<kProfile>::stop(p, p.header->items + m);
   }
   if (!waited) wait();  // the end of this kernel must mean the end of the one before
-  if (failed) fill_with_nan<Element, kDimVo>(p);
-}
-
-template <class Element, class Variant, class Args, bool kInOrder, bool kProfile, int kTileQ,
-          int kTileQNarrow, int kDimVo>
-__global__ void __launch_bounds__(32 * kMergeWarps, 2)
-    merge_kernel(const __grid_constant__ AttentionParams p) {
-  merge_rows<Element, Variant, Args, kInOrder, kProfile, kTileQ, kTileQNarrow, kDimVo>(p, [] {});
+  if (failed) fill_with_nan(p);
 }
 
 }  // namespace fi::smxx

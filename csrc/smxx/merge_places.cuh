@@ -7,7 +7,6 @@
 namespace fi::smxx {
 
 // The partial states of one row: a lane has those of one node.
-template <int kTileQ, int kTileQNarrow>
 struct NodeStates {
   int64_t first = 0, slots = 0;  // rows of partial states: of the first piece, and of the second
   int end = 0;                   // pieces of this node and of those before
@@ -18,7 +17,7 @@ struct NodeStates {
     Part part{-1, 0};
     if (lane < levels.count) part = levels.parts[place * levels.count + lane];
     if (part.segment >= 0) {
-      int width = part.row & 1 ? kTileQ : kTileQNarrow, packed = part.row / 2 + head_of_group;
+      int width = part.row & 1 ? kTileQ : kTiles.q_narrow, packed = part.row / 2 + head_of_group;
       int segment = part.segment + packed / width, row = packed % width;
       int unit = kv_head * header.segments + segment;
       CutCount before{levels.unit_cuts[unit]}, after{levels.unit_cuts[unit + 1]};
@@ -48,7 +47,6 @@ struct NodeStates {
   }
 };
 
-template <class Element, class Variant, class Args, int kTileQ, int kTileQNarrow, int kDimVo>
 __device__ __forceinline__ void merge_places(const AttentionParams& p) {
   const Args args = args_of<Args>(p);
   const Levels levels = *p.levels;
@@ -57,9 +55,9 @@ __device__ __forceinline__ void merge_places(const AttentionParams& p) {
   const int rows = header.error ? 0 : levels.tree.header->tokens * heads;
   for (int n = blockIdx.x * kMergeWarps + threadIdx.x / 32; n < rows; n += gridDim.x * kMergeWarps) {
     const int place = n / heads, head = n % heads;
-    NodeStates<kTileQ, kTileQNarrow> states(levels, header, place, head / p.group, head % p.group);
+    NodeStates states(levels, header, place, head / p.group, head % p.group);
     const Place at = levels.tree.places[place];
-    Columns<kDimVo> o = {};
+    Columns o = {};
     float top = -INFINITY, sum = 0.f;
     const int count = states.count();
     for (int begin = 0; begin < count; begin += 32) {
@@ -88,12 +86,8 @@ __device__ __forceinline__ void merge_places(const AttentionParams& p) {
       }
     }
     Row row{};  // read by output transforms alone
-    if constexpr (Variant::kHasOutput) {
-      const int first = p.batch.qo_indptr[at.request], q_len = p.batch.qo_indptr[at.request + 1] - first;
-      const int keys = p.batch.kv_len[at.request];
-      row = {at.request, head, keys - q_len + at.token - first, keys, q_len, at.token};
-    }
-    write_merged<Element, Variant, kDimVo>(p, args, row, at.token, head, State{top, sum}, o);
+    if constexpr (Variant::kHasOutput) row = row_of_token(p.batch, at.request, head, at.token);
+    write_merged(p, args, row, at.token, head, State{top, sum}, o);
   }
 }
 

@@ -44,6 +44,7 @@ struct QueryTokens {
   __device__ __forceinline__ const Prefix* find_prefix(const AttentionParams&, int) { return nullptr; }
   __device__ __forceinline__ bool scattered() const { return false; }
   __device__ __forceinline__ int token_at(int place) const { return place; }
+  __device__ __forceinline__ Row row_at(const AttentionParams&, int, int) const { return {}; }
 };
 
 template <>
@@ -57,6 +58,9 @@ struct QueryTokens<true> {
   }
   __device__ __forceinline__ bool scattered() const { return places; }
   __device__ __forceinline__ int token_at(int place) const { return places ? places[place].token : place; }
+  __device__ __forceinline__ Row row_at(const AttentionParams& p, int place, int head) const {
+    return row_of_token(p.batch, places[place].request, head, places[place].token);
+  }
 };
 
 struct Task : KvTiles<kTileList>, QueryTokens<kLevels> {
@@ -151,16 +155,9 @@ struct Task : KvTiles<kTileList>, QueryTokens<kLevels> {
   // rows past the end repeat the last one
   __device__ __forceinline__ Row row(const AttentionParams& p, int packed) const {
     packed = min(packed, end - 1);
-    if constexpr (kLevels) {
-      if (places) return row_of_place(p, places[q_first + token_of(p, packed)], head_of(p, packed));
-    }
+    if (scattered()) return row_at(p, q_first + token_of(p, packed), head_of(p, packed));
     return {request, head_of(p, packed), q_pos + token_of(p, packed),
             kv_len,  kv_len - q_pos,     q_first + token_of(p, packed)};
-  }
-  __device__ __forceinline__ static Row row_of_place(const AttentionParams& p, const Place& at, int head) {
-    int first = p.batch.qo_indptr[at.request], q_len = p.batch.qo_indptr[at.request + 1] - first;
-    int keys = p.batch.kv_len[at.request];
-    return {at.request, head, keys - q_len + at.token - first, keys, q_len, at.token};
   }
   __device__ __forceinline__ TokenPlace find(const AttentionParams& p, int token) const {
     if (token < key_begin || token >= key_end) return {-1, 0};
