@@ -49,11 +49,12 @@ struct FindParams {
   PrefixTree tree;
   // scratch
   FindTotals* totals;
-  int32_t* tiles;        // [max_requests] that each request may share
-  int64_t* chains;       // [max_kv_len / tile_kv, max_requests] hash of a request's entries up to each tile
-  Attachment* attached;  // [max_requests]
-  int64_t* costs;        // [max_depth + 1, max_requests] of the nodes below a node, by what is left of depth
-  int32_t* readers;      // [max_depth + 1, max_requests] of the node's keys among them
+  int64_t* saved_in_all;  // by all trees found so far, as PrefixHeader::saved
+  int32_t* tiles;         // [max_requests] that each request may share
+  int64_t* chains;        // [max_kv_len / tile_kv, max_requests] hash of a request's entries up to each tile
+  Attachment* attached;   // [max_requests]
+  int64_t* costs;         // [max_depth + 1, max_requests] of the nodes below a node, by what is left of depth
+  int32_t* readers;       // [max_depth + 1, max_requests] of the node's keys among them
 };
 
 // Lengths read on the device cannot be refused. The keys of a request's query tokens are never shared.
@@ -418,7 +419,9 @@ FI_TEAM void write_tree(const FindParams& p, const Trie& t, const Team& team, in
     FI_TURNS
     for (int32_t i = 0; i < tokens; ++i) places[i] = {p.batch.qo_indptr[r] + i, r};
   });
-  if (team.rank == 0) *p.tree.header = {prefixes, p.totals->tokens, p.totals->saved};
+  if (team.rank > 0) return;
+  *p.tree.header = {prefixes, p.totals->tokens, p.totals->saved};
+  *p.saved_in_all += p.totals->saved;
 }
 
 // attached -> the tree.

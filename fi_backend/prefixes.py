@@ -23,6 +23,7 @@ class _Layout(NamedTuple):
     prefix_of: int
     places: int
     totals: int
+    saved_in_all: int
     tiles: int
     attached: int
     costs: int
@@ -44,6 +45,7 @@ class PrefixFinder:
     prefixes [max_requests, 8] int32: first, tokens, kv_begin, kv_end, request, requests, parent, depth.
     prefix_of [max_requests] int32: the deepest prefix of each request, -1: none.
     places [max_shared_tokens, 2] int32: query token and request.
+    saved_in_all [1] int64: what `find` has saved so far, in all its calls and replays.
 
     Raises ValueError for numbers that make no sense, and for more than 1024 requests.
     """
@@ -94,6 +96,8 @@ class PrefixFinder:
         self._buffer = buffer[offset : offset + self.layout.bytes]
         self.header, self.prefixes, self.prefix_of, self.places = self._views(self._buffer)
         self.prefix_of.fill_(-1)
+        at = self.layout.saved_in_all
+        self.saved_in_all = self._buffer[at : at + 8].view(torch.int64)
 
     def _views(self, buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
         def view(offset: int, *shape: int) -> torch.Tensor:

@@ -119,6 +119,7 @@ PrefixLayout prefix_layout(const PrefixConfig& c) {
   l.prefix_of = section(c.max_requests * sizeof(int32_t));
   l.places = section(c.max_shared_tokens * sizeof(Place));
   l.totals = section(sizeof(FindTotals));
+  l.saved_in_all = section(sizeof(int64_t));
   l.tiles = section(c.max_requests * sizeof(int32_t));
   l.attached = section(c.max_requests * sizeof(Attachment));
   l.costs = section((c.max_depth + 1) * c.max_requests * sizeof(int64_t));
@@ -140,6 +141,7 @@ FindParams find_params(const PrefixConfig& c, const PrefixLayout& l, char* buffe
   p.tree = {reinterpret_cast<PrefixHeader*>(buffer), reinterpret_cast<Prefix*>(buffer + l.prefixes),
             reinterpret_cast<int32_t*>(buffer + l.prefix_of), reinterpret_cast<Place*>(buffer + l.places)};
   p.totals = reinterpret_cast<FindTotals*>(buffer + l.totals);
+  p.saved_in_all = reinterpret_cast<int64_t*>(buffer + l.saved_in_all);
   p.tiles = reinterpret_cast<int32_t*>(buffer + l.tiles);
   p.attached = reinterpret_cast<Attachment*>(buffer + l.attached);
   p.costs = reinterpret_cast<int64_t*>(buffer + l.costs);

@@ -20,7 +20,7 @@ struct PrefixConfig {
 // Byte offsets into the finder's buffer (64-byte aligned), the PrefixTree first.
 struct PrefixLayout {
   int64_t prefixes, prefix_of, places;
-  int64_t totals, tiles, attached, costs, readers, chains;
+  int64_t totals, saved_in_all, tiles, attached, costs, readers, chains;
   int64_t bytes;
 };
 
