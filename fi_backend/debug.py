@@ -104,7 +104,13 @@ def check_prefixes(batch: BlockSparse, prefixes: Iterable[tuple[Sequence[int], i
             if not 0 <= request < batch.num_requests:
                 continue  # refused where the tree is made
             first, step = starts[request] * batch.start_stride, max(batch.entry_step, 1)
-            entries = flat[first : first + -(-keys // batch.page_size) * step : step]
+            last = first + (-(-keys // batch.page_size) - 1) * step
+            if not 0 <= first <= last < size:
+                raise ValueError(
+                    f"prefix of {keys} keys: request {request} needs entries {first} to {last} of the page "
+                    f"table, expected entries of 0 to {size - 1}"
+                )
+            entries = flat[first : last + 1 : step]
             wanted = entries if wanted is None else wanted
             if len(differ := (entries != wanted).nonzero()):
                 at = int(differ[0])

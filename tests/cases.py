@@ -32,6 +32,8 @@ class Case:
     head_dim_vo: int | None = None  # None: head_dim
     page_size: int = 16
     run: int = 1  # so many pages lie one behind the other
+    # (first, requests, keys): these requests, neighbours, have the first one's pages as far as its keys go
+    prefixes: tuple[tuple[int, int, int], ...] = ()
     layout: str = "NHD"
     table: str = "block"
     dtype: str = "bf16"
@@ -48,7 +50,8 @@ class Case:
         lens = f"{len(self.q_lens)}r{sum(self.q_lens)}q{sum(self.kv_lens)}k"
         heads = f"{self.q_heads}h{self.kv_heads}"
         pages = f"p{self.page_size}" + (f"x{self.run}" if self.run > 1 else "")
-        return f"{lens}-{heads}-{dims}-{self.dtype}-{pages}-{self.layout}-{self.table}-{self.variant}"
+        shared = f"-{len(self.prefixes)}prefixes" if self.prefixes else ""
+        return f"{lens}-{heads}-{dims}-{self.dtype}-{pages}{shared}-{self.layout}-{self.table}-{self.variant}"
 
 
 @dataclass
@@ -164,6 +167,10 @@ def make(case: Case, device: torch.device | str = "cpu") -> Inputs:
     pages = (runs[:, None] * case.run + torch.arange(case.run)).flatten()
     order = iter((pages[pages < sum(need)] + 1).tolist())
     owned = [[next(order) for _ in range(n)] for n in need]
+    for first, requests, keys in case.prefixes:
+        shared = -(-keys // case.page_size)
+        for row in owned[first + 1 : first + requests]:
+            row[:shared] = owned[first][:shared]
     kv = _empty_cache(case, sum(need) + 2, dtype, device)
     for row, kv_len in zip(owned, case.kv_lens, strict=True):
         token = torch.arange(kv_len)

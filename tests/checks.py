@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from cases import Case, Inputs, make
 
-from fi_backend import Plan, Planner, Tiles, append, eager, jit, run
+from fi_backend import Composable, Plan, Planner, Tiles, append, eager, jit, run
 from fi_backend.compare import ATOL, lse_limit
 from fi_backend.variants import CAUSAL, parse
 
@@ -83,6 +83,23 @@ def check_attention(case: Case, device: str = "cpu", workers: int | None = None,
         assert torch.equal(cache.nan_to_num(1e9), old.nan_to_num(1e9)), "the cache was written"
 
 
+def sharing_planner(inputs: Inputs, **changes: Any) -> Planner:
+    """A planner that shares all that this batch's requests have in common."""
+    tokens = max(1, *inputs.case.q_lens) * len(inputs.case.q_lens)
+    wanted = {"levels": 8, "share": "always", "max_shared_tokens": tokens, "window": None}
+    return planner_for(inputs, **(wanted | changes))
+
+
+def check_shared(case: Case, device: str = "cpu", **planner: Any) -> None:
+    """Composable formats, the prefixes found in page tables, against the oracle, and not for want of any."""
+    inputs = make(case, device)
+    made = sharing_planner(inputs, **planner)
+    plan = made.plan(Composable(inputs.batch))
+    assert made.finder is not None and int(made.finder.header[0]) > 0, "expected a case that shares"
+    poison(plan)
+    compare(inputs, *run_inputs(plan, inputs))
+
+
 def check_repeats(case: Case, device: str = "cpu", times: int = 20) -> None:
     """Bitwise the same, planned and run again and again."""
     inputs = make(case, device)
@@ -143,12 +160,12 @@ def check_append(case: Case, device: str = "cpu", tokens: int = 40) -> None:
         assert torch.equal(cache.nan_to_num(1e9), want.nan_to_num(1e9)), "append wrote something else"
 
 
-def build(cases: list[Case], device: str, dtypes: tuple[str, ...], batch_invariant: bool = False) -> None:
-    """Compiles all that these cases run, several at once."""
+def build(cases: list[Case], device: str, dtypes: tuple[str, ...], **flags: bool) -> None:
+    """Compiles all that these cases run, several at once. flags: of their Specs."""
     arch = jit.arch_of(torch.device(device))
     jit.build_all(
         jit.needed(
-            jit.Spec(arch, dtype, c.head_dim, c.head_dim_vo or c.head_dim, parse(c.variant), batch_invariant)
+            jit.Spec(arch, dtype, c.head_dim, c.head_dim_vo or c.head_dim, parse(c.variant), **flags)
             for c in cases
             for dtype in dtypes
         )

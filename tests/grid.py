@@ -11,6 +11,13 @@ MIXED = Case((1, 1, 5, 0, 33, 1, 130, 9), (300, 1, 70, 40, 33, 0, 200, 4))
 LONG = Case((1, 40, 1), (1700, 500, 17))  # split over many workers
 # for slow tools: narrow and wide tiles, pieces and merges, padded requests
 SMALL = Case((1, 3, 0, 70, 1), (200, 3, 5, 150, 0), q_heads=4, kv_heads=2)
+# three levels, uneven; decode, verify rows and a chunk; one request shares nothing
+SHARED = Case(
+    (1, 1, 1, 4, 1, 70, 1, 1),
+    (1100, 1120, 900, 950, 890, 1300, 1300, 90),
+    q_heads=8,
+    prefixes=((0, 7, 320), (0, 3, 768), (0, 2, 960), (4, 3, 768)),
+)
 EVERYTHING = "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS"
 
 HEAD_DIMS = (

@@ -75,7 +75,7 @@ def main() -> None:
         raise SystemExit(f"expected tools among {', '.join(TOOLS)}, got {', '.join(sorted(unknown))}")
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for batch_invariant in (False, True):
-        checks.build(CASES, "cuda", ("bf16", "f16"), batch_invariant)
+        checks.build(CASES, "cuda", ("bf16", "f16"), batch_invariant=batch_invariant)
     # torch's allocator hides allocations from memcheck and initcheck
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     exercise_command = [sys.executable, __file__, "--exercise"]

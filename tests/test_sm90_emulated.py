@@ -17,9 +17,9 @@ import pytest
 import test_skip
 from cases import Case, make
 from defined import ARGS, ARGS_CHECKED, CHECKED, inputs_of
-from grid import EVERYTHING, LONG, MIXED, SMALL
+from grid import EVERYTHING, LONG, MIXED, SHARED, SMALL
 
-from fi_backend import jit
+from fi_backend import Composable, jit
 from fi_backend.plan import Tiles
 from fi_backend.run import make_runner
 
@@ -82,19 +82,26 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 def check(
-    build: Build, inputs: Any, workers: int, changes: dict[str, str] | None = None, skip: bool = False
+    build: Build,
+    inputs: Any,
+    workers: int,
+    changes: dict[str, str] | None = None,
+    skip: bool = False,
+    levels: bool = False,
 ) -> None:
     dims = inputs.kv.head_dim_qk, inputs.kv.head_dim_vo
     tiles = Tiles(*tuple(jit.core().plan_tiles(90, 90, *dims))[:3], workers, 90)
     skipping = {"causal": None, "window": None, "skip": inputs.variant} if skip else {}
-    planner = checks.planner_for(inputs, tiles=tiles, **skipping)
+    make_planner = checks.sharing_planner if levels else checks.planner_for
+    planner = make_planner(inputs, tiles=tiles, **skipping)
     # the CPU's runner, with another executor
     planner.__dict__["_runner"] = runner = make_runner(checks.planner_for(inputs))
-    spec = jit.Spec(90, "bf16", *dims, inputs.variant, tile_list=skip, debug=runner.debug)
+    spec = jit.Spec(90, "bf16", *dims, inputs.variant, tile_list=skip, levels=levels, debug=runner.debug)
     runner.executors[inputs.variant, inputs.q.dtype] = build(spec, changes or {})
     if spec.debug:
         runner.unchecked[inputs.variant, inputs.q.dtype] = build(replace(spec, debug=False), changes or {})
-    plan = planner.plan(inputs.batch, **(inputs.variant_args if skip else {}))
+    batch = Composable(inputs.batch) if levels else inputs.batch
+    plan = planner.plan(batch, **(inputs.variant_args if skip else {}))
     if skip:
         test_skip.check_run(inputs, plan)
         return
@@ -111,6 +118,20 @@ def test_attention(build: Build, case: Case, workers: int) -> None:
 @pytest.mark.parametrize("case", [MIXED, LONG], ids=str)
 def test_mixed_batches(build: Build, case: Case) -> None:
     check(build, make(case), 4)
+
+
+TREES = [
+    replace(SHARED, head_dim=128),
+    replace(SHARED, page_size=1, table="token"),
+    replace(SHARED, q_heads=6, variant="CAUSAL+WINDOW+ALIBI+SINKS", window=130),  # a group of 3
+    replace(SHARED, head_dim=256),
+]
+
+
+@pytest.mark.parametrize("case", TREES, ids=str)
+@pytest.mark.parametrize("workers", [2, 40])
+def test_shared_prefixes(build: Build, case: Case, workers: int) -> None:
+    check(build, make(case), workers, levels=True)
 
 
 @pytest.mark.parametrize("name", ARGS)

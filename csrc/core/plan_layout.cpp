@@ -45,8 +45,7 @@ void check_config(const PlanConfig& c) {
   require(c.levels == 1 || (c.chunk_tiles == 0 && !c.listed && c.window == 0),
           "expected levels, batch_invariant, skip or window, got levels of ", c.levels, " and another");
   require(c.levels == 1 || c.tree.header, "expected a prefix tree with levels of ", c.levels, ", got none");
-  require_between("max_shared_tokens", c.max_shared_tokens, 0,
-                  c.levels > 1 ? std::max(c.max_tokens, c.max_requests) : 0);
+  require_between("max_shared_tokens", c.max_shared_tokens, 0, c.levels > 1 ? kAny / c.group : 0);
   require(c.max_tokens * c.group <= kAny - c.tile_q_wide,  // the end of a last tile that is not full
           "expected max_tokens * group of at most ", kAny - c.tile_q_wide, ", got ", c.max_tokens, " * ",
           c.group);
