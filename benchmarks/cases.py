@@ -20,7 +20,8 @@ DOCUMENT, PREFIX = 1024, 2048  # tokens of masked ones: of a document; that all 
 class Case:
     """Causal attention of q_lens[r] query tokens, the last ones of kv_lens[r] keys, for each request r.
 
-    prefix: tokens, whole pages, that all requests share: their first keys. pool: tokens of one cache, from
+    prefix: tokens, whole pages, that all requests share: their first keys; with groups only so many requests
+    each, one group behind the other. pool: tokens of one cache, from
     which every request reads random pages; 0: pages of its own. in_order: pages of a request lie one behind
     the other, as an engine with an empty pool hands them out; otherwise anywhere. variant: a name;
     benchmarks/variants.py has its arguments. skip: planned by a list of what the variant sees.
@@ -35,6 +36,7 @@ class Case:
     head_dim: int = 128
     page_size: int = 16
     prefix: int = 0
+    groups: tuple[int, ...] = ()
     pool: int = 0
     in_order: bool = False
     variant: str = "CAUSAL"
@@ -47,7 +49,8 @@ class Case:
     @property
     def bytes(self) -> int:
         """Least traffic in 16-bit elements: every key and value once, queries and outputs once."""
-        keys = self.pool or sum(self.kv_lens) - (len(self.kv_lens) - 1) * self.prefix
+        groups = len(self.groups) or 1
+        keys = self.pool or sum(self.kv_lens) - (len(self.kv_lens) - groups) * self.prefix
         kv = 2 * keys * self.kv_heads * self.head_dim
         return 2 * (kv + 2 * self.tokens * self.q_heads * self.head_dim)
 
@@ -93,6 +96,19 @@ def _prefill(id: str, requests: int, kind: str, mean: int, **shape: Any) -> Case
 def _prefix(requests: int, prefix: int, suffix: int) -> Case:
     id = f"prefix-{requests}-{prefix}-{suffix}"
     return Case(id, "prefix", (1,) * requests, (prefix + suffix,) * requests, prefix=prefix)
+
+
+def _groups(*groups: int, prefix: int, suffix: int) -> Case:
+    case, name = _prefix(sum(groups), prefix, suffix), "+".join(map(str, groups))
+    return replace(case, id=f"prefix-{name}-{prefix}-{suffix}", groups=groups)
+
+
+def _sweep() -> Iterator[Case]:
+    for prefix in (128, 512, 2048, 8192, 32768):
+        for requests in (1, 4, 16, 64, 256):
+            for suffix in (64, 256, 1024):
+                case = _prefix(requests, prefix, suffix)
+                yield replace(case, id=f"sweep-{requests}-{prefix}-{suffix}", suite="sweep")
 
 
 def _shapes() -> Iterator[Case]:
@@ -181,6 +197,9 @@ CASES = (
     _prefix(64, 32768, 512),
     _prefix(256, 2048, 256),
     _prefix(128, 16384, 128),
+    _groups(64, 64, 64, 64, prefix=8192, suffix=128),
+    _groups(128, 32, 16, 8, 4, 2, 1, 1, prefix=4096, suffix=256),
+    *_sweep(),
     *_shapes(),
     *_variants(),
     *_rope(),
@@ -189,7 +208,19 @@ CASES = (
     Case("chunk-512-over-32768", "mixed", (512,), (32768,)),
     Case("mixed-128dec-2chunk", "mixed", (1,) * 128 + (1024,) * 2, (4096,) * 130),
 )
-SUITES = ("decode", "prefill", "mixed", "prefix", "shapes", "variants", "rope", "sparse", "layers", "plan")
+SUITES = (
+    "decode",
+    "prefill",
+    "mixed",
+    "prefix",
+    "sweep",
+    "shapes",
+    "variants",
+    "rope",
+    "sparse",
+    "layers",
+    "plan",
+)
 
 
 def of_suite(suite: str) -> list[Case]:

@@ -70,11 +70,14 @@ def tables(case: Case, pages: torch.Tensor) -> tuple[int, torch.Tensor]:
             row[:n] = torch.randperm(count, generator=rng)[:n].sort().values
         return count, table
     shared = case.prefix // case.page_size
-    count = shared + int((pages - shared).sum())
+    groups = torch.tensor(case.groups or (len(pages),))
+    count = shared * len(groups) + int((pages - shared).sum())
     order = torch.arange(count) if case.in_order else torch.randperm(count, generator=rng)
-    table[:, :shared] = order[:shared]
+    order = order.to(torch.int32)
+    of_groups = order[: shared * len(groups)].view(len(groups), shared)
+    table[:, :shared] = of_groups.repeat_interleave(groups, 0)
     used = torch.arange(table.shape[1] - shared) < (pages - shared)[:, None]
-    table[:, shared:][used] = order[shared:].to(torch.int32)
+    table[:, shared:][used] = order[shared * len(groups) :]
     return count, table
 
 

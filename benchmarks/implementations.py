@@ -40,6 +40,18 @@ def refuse_variants(case: Case) -> None:
 
 
 def fi(data: Data) -> Prepared:
+    """With a prefix as engines run it: found anew in every plan, shared where that pays."""
+    return _fi(data, levels=3 if data.case.prefix else 1)
+
+
+def fi_flat(data: Data) -> Prepared:
+    """Our single format."""
+    if not data.case.prefix:
+        raise Unsupported("no prefix is shared")
+    return _fi(data, levels=1)
+
+
+def _fi(data: Data, levels: int) -> Prepared:
     case = data.case
     variant, arguments = with_arguments(case, data.q.device)
     batch = fi_backend.BlockSparse.from_block_table(
@@ -55,13 +67,18 @@ def fi(data: Data) -> Prepared:
         causal=None if case.skip else CAUSAL in variant,
         window=None if case.skip else arguments.get("window"),
         skip=variant if case.skip else None,
+        levels=levels,
         device=data.q.device,
     )
+    planned = fi_backend.Composable(batch) if levels > 1 else batch
     kv = fi_backend.KVCache.separate(data.k, data.v, "NHD")
     of_skip = arguments if case.skip else {}
-    plan = planner.plan(batch, **of_skip)
+    plan = planner.plan(planned, **of_skip)
     return Prepared(
-        lambda: planner.plan(batch, **of_skip),
+        lambda: planner.plan(planned, **of_skip),
         lambda: fi_backend.run(plan, data.q, kv, data.out, variant=variant, **arguments),
         (lambda: planner.list_tiles(batch, "device", of_skip)) if case.skip else None,
     )
+
+
+OURS: dict[str, Prepare] = {"fi": fi, "fi_flat": fi_flat}

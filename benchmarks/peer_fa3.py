@@ -64,8 +64,8 @@ def _fa3(data: Data) -> Prepared:
 def _cascade(data: Data) -> Prepared:
     """The shared prefix as one request of all rows, the rest request by request, and vLLM's merge."""
     case = data.case
-    if not case.prefix:
-        raise Unsupported("no prefix is shared")
+    if not case.prefix or case.groups:
+        raise Unsupported("no prefix is shared by all")
     from vllm.v1.attention.backends.flash_attn import cascade_attention  # needs all of vLLM
 
     max_q, max_kv = max(case.q_lens), max(case.kv_lens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -86,7 +87,7 @@ def _persistent(data: Data) -> Prepared:
 
 
 def _cascade(data: Data) -> Prepared:
-    """The shared prefix and the rest as two levels, and a merge."""
+    """The prefixes of all groups and the rest as two levels, and a merge."""
     import flashinfer
 
     case, device = data.case, data.q.device
@@ -98,11 +99,13 @@ def _cascade(data: Data) -> Prepared:
     def ints(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
+    groups = case.groups or (len(case.q_lens),)
+    ends = list(itertools.accumulate(groups, initial=0))
     levels = (
-        [ints(0, case.tokens), data.qo_indptr],
-        [ints(0, shared), indptr],
-        [data.block_table[0, :shared], indices],
-        [ints(case.page_size), _last_page_len(data)],
+        [data.qo_indptr[ends], data.qo_indptr],
+        [ints(*range(0, shared * len(ends), shared)), indptr],
+        [data.block_table[ends[:-1], :shared].flatten(), indices],
+        [ints(*(case.page_size for _ in groups)), _last_page_len(data)],
     )
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(2, _workspace(device), "NHD")
     return _prepared(data, wrapper, levels, lambda: wrapper.run(data.q, (data.k, data.v)), causal=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-OURS = ("CUSTOM", "fi", "fi-page64")  # our rows, by the name an engine knows
+OURS = ("CUSTOM", "fi", "fi_flat", "fi-page64")  # our rows, by the name an engine knows
 Result = dict[str, Any]
 Row = dict[str, Any]
 Times = dict[str, dict[str, float]]  # case, implementation

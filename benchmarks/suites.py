@@ -17,7 +17,7 @@ from . import builds, peer_builds, peers
 from .cases import SUITES, Case, of_suite
 from .data import make, relative_error
 from .engine_process import say
-from .implementations import Unsupported, fi
+from .implementations import OURS, Unsupported
 from .measure import Spread, device_us, host_us, layer_us
 from .meta import meta
 from .report import markdown
@@ -29,7 +29,7 @@ SERVE = "Whole engines: python -m benchmarks serve --engine {vllm,sglang} --help
 def measure(case: Case, name: str, device: torch.device) -> Row:
     """One row of a results file. Raises Unsupported."""
     data = make(case, device)
-    prepared = (fi if name == "fi" else peers.PEERS[name])(data)
+    prepared = {**OURS, **peers.PEERS}[name](data)
     row: Row = {"suite": case.suite, "case": case.id, "impl": name}
     if case.suite == "plan":
         row |= rounded(host_us(prepared.plan, device))
@@ -45,6 +45,8 @@ def measure(case: Case, name: str, device: torch.device) -> Row:
     if prepared.list_tiles is not None:
         row["list_us"] = round(device_us(prepared.list_tiles, device).us, 2)
         row["list_and_plan_us"] = round(device_us(prepared.plan, device).us, 2)
+    if case.prefix and name in OURS:  # once a step
+        row["plan_us"] = round(device_us(prepared.plan, device).us, 2)
     return row | {
         **rounded(spread),
         "tb_s": round(case.bytes / spread.us / 1e6, 3),
@@ -68,14 +70,14 @@ def rows(suites: list[str], cases: list[Case], names: list[str], device: torch.d
                 say(f"{row['case']}: {row['seconds']} s")
                 yield row
     for number, case in enumerate(cases, 1):
-        for name in ["fi", *names]:
+        for name in [*(OURS if case.prefix else ["fi"]), *names]:
             place = f"[{number}/{len(cases)}] {case.id} {name}"
             try:
                 row = measure(case, name, device)
             except Unsupported as reason:
                 say(f"{place}: left out, {reason}")
             except Exception as error:
-                if name == "fi":
+                if name in OURS:
                     raise
                 # a peer that is absent or breaks costs its own row only
                 say(f"{place}: failed, {error}")

@@ -55,7 +55,7 @@ def _kernels(rows: list[Row], has_goals: bool) -> Iterator[Cells]:
         ours = found.get("fi")
         if ours is None:
             continue
-        us, timed = ours["us"], "tb_s" in ours
+        us, timed, flat = ours["us"], "tb_s" in ours, found.get("fi_flat")
         best = min((found[p]["us"] for p in peers if p in found), default=None)
         goal = goals.GOAL_US.get(case) if has_goals else None
         yield {
@@ -65,6 +65,10 @@ def _kernels(rows: list[Row], has_goals: bool) -> Iterator[Cells]:
             "on the GPU, us": f"{ours['gpu_us']:.1f}" if "gpu_us" in ours else "",
             "list, us": f"{ours['list_us']:.1f}" if "list_us" in ours else "",
             "list and plan, us": f"{ours['list_and_plan_us']:.1f}" if "list_us" in ours else "",
+            "plan, us": f"{ours['plan_us']:.1f}" if "plan_us" in ours else "",
+            "single format, us": f"{flat['us']:.1f}" if flat else "",
+            "its plan, us": f"{flat['plan_us']:.1f}" if flat else "",
+            "ours / single format": f"{us / flat['us']:.2f}" if flat else "",
             "rate": _rate(ours) if timed else "",
             "error": f"{ours['rel_err']:.1e}" if timed else "",
             **{f"{p.replace('_', ' ')}, us": f"{found[p]['us']:.1f}" if p in found else "" for p in peers},

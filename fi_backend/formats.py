@@ -248,7 +248,6 @@ class BlockSparse:
             return 0
         return 1 + sum((n - 1) * s for n, s in zip(self.table.shape, self.table.stride(), strict=True))
 
-
     def same_table(self, other: BlockSparse) -> bool:
         """Whether both read the same entries of the same tensors."""
         mine, its = (

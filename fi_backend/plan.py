@@ -156,8 +156,8 @@ class Planner:
     causal and window; lengths must be exact when planned; the plan runs with variants that have all of skip.
 
     levels: 1, or of Composable formats how many a row's keys may be in, from 2 to 8: prefixes above one
-    another, and what they leave. Such a planner needs max_kv_len and takes at most 1024 requests; lengths must
-    be exact when planned; not with window, skip or batch_invariant. max_shared_tokens: query tokens that read
+    another, and what they leave. Such a planner needs max_kv_len and takes at most 1024 requests; lengths
+    must be exact when planned; not with window, skip or batch_invariant. max_shared_tokens: query tokens that read
     prefixes, by default max_requests, which is enough for decode; `plan` shares the keys of requests of at
     most max_shared_tokens // max_requests query tokens. share: "auto", keys are shared where that saves time
     by csrc/cost.h, or "always". Variants that change keys or values do not run with levels.
@@ -277,8 +277,8 @@ class Planner:
     @property
     def workspace_bytes(self) -> int:
         """Bytes of partial states, for any group: slots * partial_rows * (head_dim_vo + 1) floats; batch
-        invariant: (slots * partial_rows + workers * q_wide) * (head_dim_vo + 2). slots: of the layout, max_slots,
-        and before them first_slot for those of rows in several levels."""
+        invariant: (slots * partial_rows + workers * q_wide) * (head_dim_vo + 2). slots: max_slots of the
+        layout, and before them first_slot for rows in several levels."""
         return self._lse_offset + self._states * (8 if self.batch_invariant else 4)
 
     @property

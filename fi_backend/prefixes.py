@@ -113,7 +113,7 @@ class PrefixFinder:
 
     @property
     def tree(self) -> tuple[int, int, int, int, int]:
-        """As planners take it: max_shared_tokens, then the addresses of header, prefixes, prefix_of, places."""
+        """As planners take it: max_shared_tokens, addresses of header, prefixes, prefix_of and places."""
         parts = (self.header, self.prefixes, self.prefix_of, self.places)
         header, prefixes, prefix_of, places = (x.data_ptr() for x in parts)
         return self.max_shared_tokens, header, prefixes, prefix_of, places

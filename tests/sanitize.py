@@ -21,10 +21,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import checks  # noqa: E402
 from cases import Case, make  # noqa: E402
-from grid import EVERYTHING, SMALL  # noqa: E402
+from grid import EVERYTHING, SHARED, SMALL  # noqa: E402
 from test_prefixes import family  # noqa: E402
 
-from fi_backend import append  # noqa: E402
+from fi_backend import Composable, append  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # swizzled and padded shared memory, wide heads
@@ -40,6 +40,7 @@ CASES = [
     replace(SMALL, head_dim=192, head_dim_vo=128, variant="FULL"),
     Case((40, 1), (2100, 2100), q_heads=4, kv_heads=1),  # batch invariant: chunks joined in the kernel
 ]
+SHARING = [replace(SHARED, head_dim=128), replace(SHARED, head_dim=32, page_size=1, table="token")]
 
 
 def exercise() -> None:
@@ -55,6 +56,11 @@ def exercise() -> None:
         key, value = inputs.kv.k[:1, :3].flatten(0, 1).clone(), inputs.kv.v[:1, :3].flatten(0, 1).clone()
         slots = torch.arange(-1, len(key) - 1, device="cuda")
         append(inputs.kv, key, value, slots)
+    for case in SHARING:
+        inputs = make(case, "cuda")
+        for workers in (3, 40):
+            planner = checks.sharing_planner(inputs, workers=workers)
+            checks.run_inputs(planner.plan(Composable(inputs.batch)), inputs)
     for groups in ([[1]], [[70], [40, 30]]):
         shared = family(groups, [256, 128][: len(groups)])
         shared.finder("cuda").find(shared.batch("cuda"))
@@ -76,6 +82,7 @@ def main() -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for batch_invariant in (False, True):
         checks.build(CASES, "cuda", ("bf16", "f16"), batch_invariant=batch_invariant)
+    checks.build(SHARING, "cuda", ("bf16",), levels=True)
     # torch's allocator hides allocations from memcheck and initcheck
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     exercise_command = [sys.executable, __file__, "--exercise"]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import checks
-import emulated
 import numpy as np
 import pytest
 import torch
@@ -116,7 +115,9 @@ def check_levels(s: Setup, made: Plan) -> None:
     plan, nodes = arrays(made), Nodes.of(planner)
     qo_indptr = np.cumsum((0, *s.q_lens))
     of_token = np.repeat(np.arange(len(s.q_lens)), s.q_lens)
-    reads = [np.zeros((q * s.group * s.kv_heads, kv), np.int32) for q, kv in zip(s.q_lens, s.kv_lens, strict=True)]
+    reads = [
+        np.zeros((q * s.group * s.kv_heads, kv), np.int32) for q, kv in zip(s.q_lens, s.kv_lens, strict=True)
+    ]
     shared = {token: i for i, (token, _) in enumerate(nodes.places)}
     written: dict[tuple[int, int], list[int]] = {}  # of token and head: states; -1: the output
 
@@ -199,13 +200,16 @@ def test_same_bytes_of_large_batches(emulator: ctypes.CDLL, room: int) -> None:
         check_same_bytes(emulator, s, random.Random(1), 5, 7)
 
 
-def case_of(rng: random.Random, **changes: Any) -> Case:
-    """Three levels and more with mixed fan-out; chunks, verify rows and requests that share nothing."""
+def case_of(rng: random.Random, scale: int = 1, **changes: Any) -> Case:
+    """Three levels and more with mixed fan-out; chunks, verify rows and requests that share nothing.
+
+    scale: of the prefixes' lengths.
+    """
     q_lens, kv_lens, prefixes = [], [], []
 
     def grow(first: int, begin: int, depth: int) -> int:
         """A subtree of requests from `first` on that have `begin` keys in common. Returns its end."""
-        end, keys = first, begin + rng.choice((64, 128, 200, 64 * rng.randint(1, 4)))
+        end, keys = first, begin + scale * rng.choice((64, 128, 200, 64 * rng.randint(1, 4)))
         for _ in range(rng.randint(1 + (depth == 1), 3)):
             if depth < 4 and rng.random() < 0.5:
                 end = grow(end, keys, depth + 1)
@@ -244,7 +248,9 @@ def test_random_trees(rng: random.Random, levels: int, workers: int) -> None:
     checks.check_shared(case_of(rng), levels=levels, workers=workers)
 
 
-@pytest.mark.parametrize("variant", ["CAUSAL", "CAUSAL+SIGMOID", "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS", "CAUSAL+TREE"])
+@pytest.mark.parametrize(
+    "variant", ["CAUSAL", "CAUSAL+SIGMOID", "CAUSAL+WINDOW+SOFT_CAP+ALIBI+SINKS", "CAUSAL+TREE"]
+)
 def test_variants(variant: str) -> None:
     case = replace(SHARED, variant=variant)
     checks.check_shared(replace(case, q_lens=(1, 1, 1, 4, 1, 7, 1, 1)) if "TREE" in variant else case)
@@ -264,7 +270,7 @@ def test_the_oracle_notices_a_wrong_tree() -> None:
     assert planner.finder is not None
     plan = planner.plan(Composable(inputs.batch, [([0, 1], 192)]))
     planner.finder.places[1] = torch.tensor([79, 7])  # of request 1
-    with pytest.raises(AssertionError, match="error|NaN"):
+    with pytest.raises(AssertionError, match=r"error|NaN"):
         checks.compare(inputs, *checks.run_inputs(plan, inputs))
 
 
@@ -326,14 +332,18 @@ def test_planners_that_make_no_sense(changes: dict[str, Any], message: str) -> N
 def test_what_does_not_go_together() -> None:
     inputs = make(SHARED)
     planner, flat = checks.sharing_planner(inputs), checks.planner_for(inputs)
-    with pytest.raises(ValueError, match="expected a planner with levels of at least 2 for a Composable batch"):
+    with pytest.raises(
+        ValueError, match="expected a planner with levels of at least 2 for a Composable batch"
+    ):
         flat.plan(Composable(inputs.batch))
     with pytest.raises(ValueError, match='expected on="device" with levels of 8, got on='):
         planner.plan(Composable(inputs.batch), on="host")
     with pytest.raises(TypeError, match="expected batch to be a BlockSparse, got Composable"):
         Composable(Composable(inputs.batch))  # type: ignore[arg-type]
     plan = planner.plan(Composable(inputs.batch))
-    with pytest.raises(ValueError, match=r"expected a variant without key and value transforms.*got \['ROPE'\]"):
+    with pytest.raises(
+        ValueError, match=r"expected a variant without key and value transforms.*got \['ROPE'\]"
+    ):
         checks.run_inputs(plan, inputs, variant=parse("CAUSAL+ROPE"))
     inputs.variant_args = {"window": 40}
     inputs.variant = CAUSAL + WINDOW  # of the variant alone: rows mask what they do not see
