@@ -157,10 +157,10 @@ class Planner:
 
     levels: 1, or of Composable formats how many a row's keys may be in, from 2 to 8: prefixes above one
     another, and what they leave. Such a planner needs max_kv_len and takes at most 1024 requests; lengths
-    must be exact when planned; not with window, skip or batch_invariant. max_shared_tokens: query tokens that read
-    prefixes, by default max_requests, which is enough for decode; `plan` shares the keys of requests of at
-    most max_shared_tokens // max_requests query tokens. share: "auto", keys are shared where that saves time
-    by csrc/cost.h, or "always". Variants that change keys or values do not run with levels.
+    must be exact when planned; not with window, skip or batch_invariant. max_shared_tokens: query tokens
+    that read prefixes, by default max_requests, which is enough for decode; `plan` shares the keys of
+    requests of at most max_shared_tokens // max_requests query tokens. share: "auto", keys are shared where
+    that saves time by csrc/cost.h, or "always". Variants that change keys or values do not run with levels.
 
     Raises ValueError for numbers that make no sense or do not fit.
     """

@@ -51,10 +51,15 @@ class Schedule:
         kv_tiles = (self.items[:, 4] - self.items[:, 3]) // tiles.kv
         self.cost = cost.of_items(kv_tiles, wide)
         self._fixed = cost.of_items(np.zeros_like(kv_tiles), wide).sum()
-        of_request = np.diff(plan.planned.qo_indptr.cpu().numpy()) * plan.planner.group
-        self.prefill = of_request[self.items[:, 0]] > tiles.q_narrow
+        tokens = np.diff(plan.planned.qo_indptr.cpu().numpy())
+        self.requests, finder = len(tokens), plan.planner.finder
+        self.prefixes = np.zeros((0, 8), np.int32)
+        if finder is not None:
+            self.prefixes = finder.prefixes[: int(finder.header[0])].cpu().numpy()
+        of_node = np.concatenate([tokens, self.prefixes[:, 1]]) * plan.planner.group
+        self.prefill = of_node[self.items[:, 0]] > tiles.q_narrow
         width = np.where(wide, tiles.q_wide, tiles.q_narrow)
-        self.rows = np.minimum(of_request[self.items[:, 0]] - self.items[:, 1], width)
+        self.rows = np.minimum(of_node[self.items[:, 0]] - self.items[:, 1], width)
 
     def summary(self) -> str:
         return (
@@ -102,13 +107,18 @@ class Schedule:
         """Item i, or merge i - items, in one line."""
         if i >= len(self.items):
             request, row, head, first, end, *_ = self.merges[i - len(self.items)].tolist()
+            if request < 0:
+                return "no merge: these rows are joined with those of other nodes"
             return f"merge of {end - first} pieces: request {request}, KV head {head}, from row {row}"
         request, row, head, begin, end, slot, *_ = self.items[i].tolist()
         keys = f"keys {begin} to {end}"
         if self.skips:
             keys = f"KV tiles {begin // self.tile_kv} to {end // self.tile_kv} of those it sees"
+        what = f"{'prefill' if self.prefill[i] else 'decode'}: request {request}"
+        if request >= self.requests:
+            what = f"prefix of {self.prefixes[request - self.requests, 5]} requests"
         return (
-            f"{'prefill' if self.prefill[i] else 'decode'}: request {request}, KV head {head}, "
+            f"{what}, KV head {head}, "
             f"rows {row} to {row + self.rows[i]}, {keys}, cost {self.cost[i]}"
             f"{'' if slot < 0 else f', partial state {slot}'}"
         )
