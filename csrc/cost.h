@@ -10,11 +10,14 @@ namespace fi {
 FI_HD constexpr Costs costs_for(int32_t room) {
   // H100, head dim 128, 128 keys a tile: a wide tile 1.7 us; a narrow one 3.0 us where all workers have such,
   // less beside wide ones, which leave memory to them. Items: by trial, docs/kernels-sm90.md
-  if (room == kRoomSm90) return {8, 5, 20, 6};
-  return {6, 4, 6, 6};
+  if (room == kRoomSm90) return {8, 5, 20, 6, 8};
+  return {6, 4, 6, 6, 6};
 }
 FI_HD constexpr int32_t item_cost(const Costs& c, bool wide) { return wide ? c.wide_item : c.narrow_item; }
-FI_HD constexpr int32_t tile_cost(const Costs& c, bool wide) { return wide ? c.wide : c.narrow; }
+// of_prefix: of composable formats. Such a tile is read while other workers read theirs, and by few.
+FI_HD constexpr int32_t tile_cost(const Costs& c, bool wide, bool of_prefix = false) {
+  return !wide ? c.narrow : of_prefix ? c.prefix : c.wide;
+}
 
 constexpr int32_t kMinTiles = 1;   // a row tile is never cut into pieces of fewer KV tiles
 constexpr int32_t kMinSlice = 16;  // workers stay idle rather than get less than this
@@ -30,7 +33,9 @@ FI_HD constexpr int32_t uncut_cost(const Costs& c) {
 constexpr int32_t kSpreadSlack = 16;
 constexpr int32_t kSpreadTries = 32;  // one warp of the device planner each
 
-FI_HD constexpr bool fits(const Costs& c) { return c.narrow <= kWidestTile && c.wide <= kWidestTile; }
+FI_HD constexpr bool fits(const Costs& c) {
+  return c.narrow <= kWidestTile && c.wide <= kWidestTile && c.prefix <= kMinSlice / kMinTiles;
+}
 static_assert(fits(costs_for(kRoomCpu)) && fits(costs_for(kRoomSm80)) && fits(costs_for(kRoomSm90)),
               "kWidestTile");
 // Two cuts inside one tile then lie at least kMinTiles apart: numbering relies on their being distinct.

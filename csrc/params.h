@@ -143,7 +143,10 @@ struct AttentionParams {
   uint64_t* profile;
   const int32_t* tile_list;  // TileList::tiles; read in builds with kTileList alone, otherwise null
   int32_t tile_list_width;
-  const Levels* levels;  // where the plan lies; read in builds with kLevels alone, otherwise null
+  // Where the plan lies; read in builds with kLevels alone, otherwise null.
+  const Levels* levels;
+  const Prefix* prefixes;  // of levels->tree, as is what follows: known before levels is read
+  const Place* places;
 };
 
 // KV append: token i goes to slot_mapping[i] (= page * page_size + offset); negative: skipped.
@@ -160,7 +163,7 @@ struct AppendParams {
 };
 
 struct Costs {  // see cost.h
-  int32_t narrow_item, narrow, wide_item, wide;
+  int32_t narrow_item, narrow, wide_item, wide, prefix;
 };
 
 // The KV tiles that a row of a row tile sees, for plans that leave out the others. Which line a row tile has:

@@ -171,10 +171,14 @@ FI_HD Segment segment_at(const PlanParams& p, int32_t node, int32_t index) {
   return r.wide ? row_tile(p, node, r, index) : chunk_of(p, row_tile(p, node, r, 0), index);
 }
 
-FI_HD int64_t cost_of(const PlanParams& p, bool wide, int32_t tiles) {
-  return item_cost(p.cost, wide) + int64_t(tiles) * tile_cost(p.cost, wide);
+FI_HD bool is_prefix(const PlanParams& p, int32_t node) { return has_levels(p) && node >= p.num_requests; }
+
+FI_HD int64_t cost_of(const PlanParams& p, bool wide, bool of_prefix, int32_t tiles) {
+  return item_cost(p.cost, wide) + int64_t(tiles) * tile_cost(p.cost, wide, of_prefix);
 }
-FI_HD int64_t segment_cost(const PlanParams& p, const Segment& s) { return cost_of(p, s.wide, s.tiles); }
+FI_HD int64_t segment_cost(const PlanParams& p, const Segment& s) {
+  return cost_of(p, s.wide, is_prefix(p, s.node), s.tiles);
+}
 
 // The cost line, and where its tables can be read.
 struct Line {
@@ -199,7 +203,8 @@ FI_HD void measure(Line* line, const PlanParams& p) {
   line->rounds = 1;
   if (line->wide == 0 || p.chunk_tiles > 0) return;
   // A round's ends and the cuts in it are moved by at most half a segment each: so they keep their order.
-  int64_t longest = at_least(cost_of(p, true, line->most_tiles[1]), cost_of(p, false, line->most_tiles[0]));
+  int64_t longest = at_least(cost_of(p, true, has_levels(p), line->most_tiles[1]),
+                             cost_of(p, false, false, line->most_tiles[0]));
   int64_t rounds = quotient(line->total, (longest + kMinSlice) * p.workers + longest);
   line->rounds = int32_t(at_least(at_most(rounds, p.max_rounds), 1));
 }
@@ -231,14 +236,15 @@ struct Price {
 };
 
 FI_HD Price price_of(const PlanParams& p, const Line& line, int32_t s) {
-  bool wide = rows_of(p, line.node[s]).wide;
-  return {line.start[s + 1] - line.start[s], item_cost(p.cost, wide), tile_cost(p.cost, wide)};
+  bool wide = rows_of(p, line.node[s]).wide, of_prefix = is_prefix(p, line.node[s]);
+  return {line.start[s + 1] - line.start[s], item_cost(p.cost, wide), tile_cost(p.cost, wide, of_prefix)};
 }
 FI_HD int64_t tiles_of(const Price& price) { return quotient(price.all - price.item, price.tile); }
 
 FI_HD int32_t pieces_of(const PlanParams& p, const Line& line, int32_t s, int64_t most) {
   Price price = price_of(p, line, s);
-  int64_t tiles = price.all - price.item, limit = quotient(tiles, kMinTiles * kWidestTile);
+  int64_t widest = has_levels(p) ? at_least(price.tile, kWidestTile) : kWidestTile;
+  int64_t tiles = price.all - price.item, limit = quotient(tiles, kMinTiles * widest);
   return int32_t(at_least(at_most(ceil_div(tiles, most), limit), 1));
 }
 

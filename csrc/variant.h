@@ -145,6 +145,8 @@ struct Feature {
   static constexpr bool kHasLogits = false;
   static constexpr bool kHasSink = false;
   static constexpr bool kSoftmax = true;  // false: weights() says what a key weighs
+  // Every row sees all keys before its own position: rows of a shared prefix then need not be asked.
+  static constexpr bool kWholePast = false;
   template <class A>
   FI_HD static KeyRange keys(const A&, const Row& r) {
     return {0, r.kv_len};
@@ -194,6 +196,7 @@ struct Feature {
 };
 
 struct Causal : Feature {
+  static constexpr bool kWholePast = true;
   template <class A>
   FI_HD static KeyRange keys(const A&, const Row& r) {
     return {0, r.q_pos + 1};
@@ -318,6 +321,7 @@ struct Capped {
 };
 
 struct SoftCap : Feature {
+  static constexpr bool kWholePast = true;
   static constexpr bool kHasLogits = true;
   template <class A>
   FI_HD static Capped logits(const A& a, const Row&) {
@@ -326,6 +330,7 @@ struct SoftCap : Feature {
 };
 
 struct Alibi : Feature {
+  static constexpr bool kWholePast = true;
   struct Bias {
     float slope;
     int32_t q_pos;
@@ -344,6 +349,7 @@ struct Alibi : Feature {
 
 // One extra logit per head that takes part in the softmax and carries no value. LSE counts it.
 struct Sinks : Feature {
+  static constexpr bool kWholePast = true;
   static constexpr bool kHasSink = true;
   template <class A>
   FI_HD static float sink(const A& a, int32_t q_head) {
@@ -364,6 +370,7 @@ FI_HD float sigmoid(X x, float bias = 0.f) {
 
 // In place of softmax (FlashSigmoid). The bias is about -log(keys).
 struct Sigmoid : Feature {
+  static constexpr bool kWholePast = true;
   struct Weight {
     float bias;
 
@@ -414,6 +421,7 @@ struct Compose;
 
 template <>
 struct Compose<> : Feature {
+  static constexpr bool kWholePast = true;
   template <class A>
   FI_HD static KeyRange keys(const A&, const Row& r) {
     return {0, r.kv_len};
@@ -430,6 +438,7 @@ struct Compose<F, Rest...> {
   static constexpr bool kHasLogits = F::kHasLogits || Next::kHasLogits;
   static constexpr bool kHasSink = F::kHasSink || Next::kHasSink;
   static constexpr bool kSoftmax = F::kSoftmax && Next::kSoftmax;
+  static constexpr bool kWholePast = F::kWholePast && Next::kWholePast;
   static_assert(!(F::kHasSink && Next::kHasSink), "a variant has at most one sink");
   static_assert(F::kSoftmax || Next::kSoftmax, "a variant has at most one function of weights");
   static_assert(kSoftmax || !kHasSink, "a sink is a logit of the softmax");

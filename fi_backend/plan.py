@@ -66,22 +66,27 @@ class Tiles:
 
 
 class CostModel(NamedTuple):
-    """The numbers of csrc/cost.h. An item costs narrow_item + KV tiles * narrow, or the same of wide ones."""
+    """The numbers of csrc/cost.h. An item costs narrow_item + KV tiles * narrow, or the same of wide ones, of
+    which tiles of prefixes cost `prefix`."""
 
     narrow_item: int
     narrow: int
     wide_item: int
     wide: int
+    prefix: int
     min_tiles: int
     min_slice: int
     uncut: int
     spread_slack: int
     chunk_tiles: int
 
-    def of_items(self, kv_tiles: np.ndarray, wide: np.ndarray) -> np.ndarray:
-        """kv_tiles, wide: of each item."""
+    def of_items(
+        self, kv_tiles: np.ndarray, wide: np.ndarray, of_prefix: np.ndarray | bool = False
+    ) -> np.ndarray:
+        """kv_tiles, wide, of_prefix: of each item."""
         narrow_cost = self.narrow_item + kv_tiles * self.narrow
-        return np.where(wide, self.wide_item + kv_tiles * self.wide, narrow_cost)
+        wide_cost = self.wide_item + kv_tiles * np.where(of_prefix, self.prefix, self.wide)
+        return np.where(wide, wide_cost, narrow_cost)
 
 
 def cost_model(room: int = 80) -> CostModel:
@@ -329,9 +334,12 @@ class Planner:
         return partial_o, scalars[:states], scalars[states:] if self.batch_invariant else None
 
     @property
-    def levels_address(self) -> int:
-        """Of what executors read of composable formats, in the plan's buffer; 0: a single format."""
-        return 0 if self.finder is None else self._buffer.data_ptr() + self.layout.levels_for_run
+    def levels_addresses(self) -> tuple[int, int, int]:
+        """Of composable formats what executors read: levels in the plan's buffer, prefixes and places."""
+        if self.finder is None:
+            return 0, 0, 0
+        levels = self._buffer.data_ptr() + self.layout.levels_for_run
+        return levels, self.finder.prefixes.data_ptr(), self.finder.places.data_ptr()
 
     def plan(
         self,

@@ -78,7 +78,7 @@ def bind(plan: Plan, profile: torch.Tensor | None = None) -> torch.Tensor:
         planner.head_dim_vo,
         profile,
         None if planner.skip is None else planner.tile_list,
-        planner.levels_address,
+        *planner.levels_addresses,
     )
     plan.__dict__["_bound"] = storage  # a cache: the plan itself stays frozen
     return storage

@@ -94,7 +94,7 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
           const TensorView& partial_lse, const Optional<TensorView>& partial_sum, int64_t partial_rows,
           int64_t worker_state, int64_t workers, int64_t kv_heads, int64_t group, int64_t head_dim_qk,
           int64_t head_dim_vo, const Optional<TensorView>& profile, const Optional<TensorView>& tile_list,
-          int64_t levels) {
+          int64_t levels, const PrefixTree& tree) {
   bound = BoundPlan{};
   bound.device = header.device();
   bound.page_size = int32_t(batch.page_size);
@@ -136,6 +136,8 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
     bound.params.tile_list_width = int32_t((*tile_list).size(1));
   }
   bound.params.levels = reinterpret_cast<const Levels*>(levels);
+  bound.params.prefixes = tree.prefixes;
+  bound.params.places = tree.places;
 }
 
 void run(const BoundPlan& bound, int64_t function, int64_t error_text, const TensorView& q,

@@ -25,7 +25,7 @@ void bind(BoundPlan& bound, const BatchArgs& batch, const TensorView& header, co
           const TensorView& partial_lse, const Optional<TensorView>& partial_sum, int64_t partial_rows,
           int64_t worker_state, int64_t workers, int64_t kv_heads, int64_t group, int64_t head_dim_qk,
           int64_t head_dim_vo, const Optional<TensorView>& profile, const Optional<TensorView>& tile_list,
-          int64_t levels);
+          int64_t levels, const PrefixTree& tree);
 
 void run(const BoundPlan& bound, int64_t function, int64_t error_text, const TensorView& q,
          const TensorView& k, const TensorView& v, const TensorView& out, const Optional<TensorView>& lse,

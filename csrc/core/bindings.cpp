@@ -24,11 +24,12 @@ void bind_plan(TensorView storage, TensorView qo_indptr, TensorView kv_len, Tens
                TensorView merges, TensorView partial_o, TensorView partial_lse,
                Optional<TensorView> partial_sum, int64_t partial_rows, int64_t worker_state, int64_t workers,
                int64_t kv_heads, int64_t group, int64_t head_dim_qk, int64_t head_dim_vo,
-               Optional<TensorView> profile, Optional<TensorView> tile_list, int64_t levels) {
+               Optional<TensorView> profile, Optional<TensorView> tile_list, int64_t levels, int64_t prefixes,
+               int64_t places) {
   BatchArgs batch{qo_indptr, kv_len, table, starts, start_stride, entry_step, page_size, entries_are_slots};
   bind(bound_in(storage), batch, header, worker_indptr, items, merges, partial_o, partial_lse, partial_sum,
        partial_rows, worker_state, workers, kv_heads, group, head_dim_qk, head_dim_vo, profile, tile_list,
-       levels);
+       levels, {nullptr, reinterpret_cast<Prefix*>(prefixes), nullptr, reinterpret_cast<Place*>(places)});
 }
 
 void run_plan(TensorView storage, int64_t function, int64_t error_text, TensorView q, TensorView k,

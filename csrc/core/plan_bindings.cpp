@@ -78,8 +78,8 @@ Shape tiles_of(int64_t room, int64_t arch, int64_t head_dim_qk, int64_t head_dim
 
 Shape cost_model(int64_t room) {
   Costs c = costs_for(int32_t(room));
-  return {c.narrow_item, c.narrow,      c.wide_item,  c.wide,     kMinTiles,
-          kMinSlice,     uncut_cost(c), kSpreadSlack, kChunkTiles};
+  return {c.narrow_item, c.narrow,  c.wide_item,   c.wide,       c.prefix,
+          kMinTiles,     kMinSlice, uncut_cost(c), kSpreadSlack, kChunkTiles};
 }
 
 }  // namespace

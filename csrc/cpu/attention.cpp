@@ -90,7 +90,7 @@ int32_t tokens_of(const AttentionParams& p, int32_t request) {
 // The prefix that an item is of, null: a request's own keys.
 const Prefix* prefix_of(const AttentionParams& p, const WorkItem& w) {
   if (!kLevels || w.request < p.batch.num_requests) return nullptr;
-  return p.levels->tree.prefixes + (w.request - p.batch.num_requests);
+  return p.prefixes + (w.request - p.batch.num_requests);
 }
 
 int rows_of(const AttentionParams& p, const WorkItem& w) {
@@ -109,7 +109,7 @@ QueryRow query_row(const AttentionParams& p, const WorkItem& w, int i) {
   const Prefix* prefix = prefix_of(p, w);
   int32_t nth = (w.row_begin + i) / p.group, head = w.kv_head * p.group + (w.row_begin + i) % p.group;
   if (!prefix) return {first_token(p, w.request) + nth, head, w.request};
-  const Place& place = p.levels->tree.places[prefix->first + nth];
+  const Place& place = p.places[prefix->first + nth];
   return {place.token, head, place.request};
 }
 
@@ -363,7 +363,7 @@ void merge(const AttentionParams& p, const Args& args, const WorkItem& w) {
 // Composable formats: the states that one query token's rows have in several nodes, see schedule.h.
 void merge_place(const AttentionParams& p, const Args& args, int32_t place) {
   const Levels& levels = *p.levels;
-  const Place& at = levels.tree.places[place];
+  const Place& at = p.places[place];
   for (int32_t head = 0; head < p.kv_heads * p.group; ++head) {
     const int32_t kv_head = head / p.group;
     Joined joined;

@@ -29,6 +29,10 @@ struct QueryProducer {
     int first = lane * kEntries;
     if (first <= p.batch.num_requests) prefetch(p.batch.qo_indptr + first);
     if (first < p.batch.num_requests) prefetch(p.batch.kv_len + first);
+    if constexpr (kLevels) {  // capacities are not known here, but that there is one for each request
+      if (lane * 4 < p.batch.num_requests) prefetch(p.prefixes + lane * 4);
+      if (lane * 16 < p.batch.num_requests) prefetch(p.places + lane * 16);
+    }
   }
 
   __device__ __forceinline__ void run() const {
@@ -92,8 +96,8 @@ struct QueryProducer {
     for (int index = lane; index < rows * kChunks; index += 32) {
       int row = index / kChunks, chunk = index % kChunks;
       int packed = min(task.begin + row, task.end - 1);
-      const Element* src = q + task.query_token(p, packed) * p.q_token +
-                           task.head_of(p, packed) * p.q_head + chunk * 8;
+      const Element* src =
+          q + task.query_token(p, packed) * p.q_token + task.head_of(p, packed) * p.q_head + chunk * 8;
       copy_async_16(dst + chunk_offset<kTileQ>(row, chunk), src, true);
     }
   }

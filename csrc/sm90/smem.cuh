@@ -22,6 +22,8 @@ struct Params {
   Steps k_steps, v_steps;
 };
 
+static_assert(offsetof(Params, k) == 384, "kernels find what follows by its offset");
+
 // The KV tiles of a task that come by TMA. Not those that hold tokens which are not the request's keys or lie
 // before all windows: what is read there must be zero, and a box knows no rows.
 struct BoxTiles {

@@ -52,10 +52,12 @@ struct RowState {
         all_rows{0, t.kv_len} {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      Row r = row(i);
-      KeyRange k = Variant::keys(args, r);
-      int seen = ::min(k.end, Variant::seen_before(args, r));
-      all_rows = {::max(all_rows.begin, k.begin), ::min(all_rows.end, seen)};
+      if (!(Variant::kWholePast && t.scattered())) {
+        Row r = row(i);
+        KeyRange k = Variant::keys(args, r);
+        int seen = ::min(k.end, Variant::seen_before(args, r));
+        all_rows = {::max(all_rows.begin, k.begin), ::min(all_rows.end, seen)};
+      }
       max[i] = Variant::kSoftmax ? -FLT_MAX : 0.f;  // no key yet; not -inf, minus which -inf would be NaN
       sum[i] = 0.f;
     }

@@ -53,8 +53,8 @@ struct QueryTokens<true> {
 
   __device__ __forceinline__ const Prefix* find_prefix(const AttentionParams& p, int node) {
     bool prefix = node >= p.batch.num_requests;
-    places = prefix ? p.levels->tree.places : nullptr;
-    return prefix ? p.levels->tree.prefixes + (node - p.batch.num_requests) : nullptr;
+    places = prefix ? p.places : nullptr;
+    return prefix ? p.prefixes + (node - p.batch.num_requests) : nullptr;
   }
   __device__ __forceinline__ bool scattered() const { return places; }
   __device__ __forceinline__ int token_at(int place) const { return places ? places[place].token : place; }
@@ -107,12 +107,12 @@ struct Task : KvTiles<kTileList>, QueryTokens<kLevels> {
     q_pos = kv_len - q_len;
     end = min(q_len * p.group, begin + (wide ? kTileQ : kTiles.q_narrow));
     if (end <= begin) return;
-    // Key ranges grow with the position, so the first and the last row bound the tile's.
-    key_begin = Variant::keys(args, row(p, begin)).begin;
-    key_end = Variant::keys(args, row(p, end - 1)).end;
     if (kLevels && prefix) {  // rows of many requests, each with a range of its own
       key_begin = prefix->kv_begin;
       key_end = prefix->kv_end;
+    } else {  // key ranges grow with the position, so the first and the last row bound the tile's
+      key_begin = Variant::keys(args, row(p, begin)).begin;
+      key_end = Variant::keys(args, row(p, end - 1)).end;
     }
     if constexpr (kTileList) {
       find_list(p, item, q_first);

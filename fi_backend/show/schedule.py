@@ -49,11 +49,11 @@ class Schedule:
         wide = (self.items[:, 6] & 1).astype(bool)
         self.tile_kv = tiles.kv
         kv_tiles = (self.items[:, 4] - self.items[:, 3]) // tiles.kv
-        self.cost = cost.of_items(kv_tiles, wide)
         self._fixed = cost.of_items(np.zeros_like(kv_tiles), wide).sum()
         tokens = np.diff(plan.planned.qo_indptr.cpu().numpy())
         self.requests, finder = len(tokens), plan.planner.finder
         self.prefixes = np.zeros((0, 8), np.int32)
+        self.cost = cost.of_items(kv_tiles, wide, self.items[:, 0] >= self.requests)
         if finder is not None:
             self.prefixes = finder.prefixes[: int(finder.header[0])].cpu().numpy()
         of_node = np.concatenate([tokens, self.prefixes[:, 1]]) * plan.planner.group
