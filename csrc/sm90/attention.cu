@@ -141,6 +141,12 @@ extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_h
                      {heads, attention->q_head, attention->group},
                      {attention->tokens, attention->q_token, kTileQ / attention->group}, {1, 0, 1});
     params.q_boxes = error == cudaSuccess;  // strides it does not take: copied row by row
+    if (kLevels && params.q_boxes && attention->group * kLineBytes % 128 == 0) {  // where boxes may begin
+      error = make_map(&params.q_token, const_cast<void*>(attention->q), kDimQk,
+                       {heads, attention->q_head, attention->group},
+                       {attention->tokens, attention->q_token, 1}, {1, 0, 1});
+      params.token_boxes = error == cudaSuccess;
+    }
   }
   // Per call, not once: the attribute belongs to the current device.
   error = cudaFuncSetAttribute(attention_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);

@@ -62,6 +62,8 @@ struct QueryProducer {
       if (item < end && task.end > task.begin) {
         if (!Variant::kHasQuery && params.q_boxes && task.wide && !task.scattered()) {
           if (lane == 0) load_boxes(task, smem.q(n), smem.q_full(n));
+        } else if (kLevels && !Variant::kHasQuery && params.token_boxes && task.scattered()) {
+          load_tokens(task, smem.q(n), smem.q_full(n));
         } else {
           load_rows(task, smem.q(n));
         }
@@ -86,12 +88,27 @@ struct QueryProducer {
                task.q_first + task.token_of(p, task.begin), 0);
   }
 
+  // A lane has a token, and it is known at once where all lie. Rows past the end repeat the last token.
+  __device__ __forceinline__ void load_tokens(const Task& task, uint32_t dst, uint32_t full) const {
+    const int first = task.q_first + task.token_of(p, task.begin);
+    const int last = task.q_first + task.token_of(p, task.end - 1);
+    const int tokens = (rows_of(task) + p.group - 1) / p.group;
+    for (int i = lane; i < tokens; i += 32) {
+      const int token = task.token_at(min(first + i, last));
+      barrier_expect(full, kLinesQk * p.group * kLineBytes);
+#pragma unroll
+      for (int line = 0; line < kLinesQk; ++line)
+        copy_box(dst + (line * kTileQ + i * p.group) * kLineBytes, &params.q_token, full, line * kLine,
+                 task.kv_head * p.group, token, 0);
+    }
+  }
+
   // Rows past the end repeat the last one. Of a narrow tile those that exist, to the next 16: nobody looks at
   // the others' results.
   __device__ __forceinline__ void load_rows(const Task& task, uint32_t dst) const {
     constexpr int kChunks = kDimQk / 8;
     const Element* q = static_cast<const Element*>(p.q);
-    int rows = task.wide ? kTileQ : (task.end - task.begin + 15) / 16 * 16;
+    int rows = rows_of(task);
 #pragma unroll 4
     for (int index = lane; index < rows * kChunks; index += 32) {
       int row = index / kChunks, chunk = index % kChunks;

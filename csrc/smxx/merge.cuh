@@ -8,8 +8,8 @@
 namespace fi::smxx {
 
 constexpr int kMergeWarps = 8;
-// Blocks for each worker, and how many a multiprocessor holds. Composable formats have many rows to join.
-constexpr int kMergeBlocks = kLevels ? 3 : 1, kMergeResidents = kLevels ? 3 : 2;
+constexpr int kMergeResidents = 2;             // blocks that a multiprocessor holds
+constexpr int kMergeBlocks = kLevels ? 2 : 1;  // for each worker: composable formats have many rows to join
 
 // A batch beyond the planner's capacity has no items. Without synchronising nobody can be told, so every
 // output becomes NaN: it shows where a stale or empty row would pass for an answer.
