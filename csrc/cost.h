@@ -23,6 +23,7 @@ constexpr int32_t kMinTiles = 1;   // a row tile is never cut into pieces of few
 constexpr int32_t kMinSlice = 16;  // workers stay idle rather than get less than this
 
 constexpr int32_t kWidestTile = 6;
+constexpr int32_t kPrefixCosts = 4;  // from Costs::prefix upwards that are tried, see prefix_cost()
 // The longest item that is never cut. No worker exceeds max(mean, kMinSlice) by more than this.
 FI_HD constexpr int32_t uncut_cost(const Costs& c) {
   return (c.narrow_item > c.wide_item ? c.narrow_item : c.wide_item) + (2 * kMinTiles - 1) * kWidestTile;
@@ -34,7 +35,8 @@ constexpr int32_t kSpreadSlack = 16;
 constexpr int32_t kSpreadTries = 32;  // one warp of the device planner each
 
 FI_HD constexpr bool fits(const Costs& c) {
-  return c.narrow <= kWidestTile && c.wide <= kWidestTile && c.prefix <= kMinSlice / kMinTiles;
+  return c.narrow <= kWidestTile && c.wide <= kWidestTile &&
+         c.prefix + kPrefixCosts - 1 <= kMinSlice / kMinTiles;
 }
 static_assert(fits(costs_for(kRoomCpu)) && fits(costs_for(kRoomSm80)) && fits(costs_for(kRoomSm90)),
               "kWidestTile");

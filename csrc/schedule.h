@@ -241,6 +241,40 @@ FI_HD Price price_of(const PlanParams& p, const Line& line, int32_t s) {
 }
 FI_HD int64_t tiles_of(const Price& price) { return quotient(price.all - price.item, price.tile); }
 
+// Composable formats: the row tiles of a prefix lie one behind the other on the line. If they are as long as
+// a whole number of slices, all are cut at the same keys, workers read these at the same time, and memory
+// gives them once; else each row tile reads all of them anew, where they do not fit the L2 cache. What a tile
+// of a prefix costs is not known that well: of what it may cost, that is taken which fits best.
+struct PrefixLoad {
+  int64_t rest;     // cost of one KV head's items, without what follows
+  int64_t tiles;    // of prefixes, times their wide row tiles
+  int32_t longest;  // tiles of a prefix with several row tiles
+};
+
+FI_HD PrefixLoad load_of(const PlanParams& p, int32_t node) {
+  Rows r = rows_of(p, node);
+  int64_t tiles = row_tiles(p, r);
+  if (tiles == 0) return {};
+  Segment s = row_tile(p, node, r, int32_t(quotient(tiles, 2)));  // of most requests the only one
+  if (!s.wide || !is_prefix(p, node)) return {tiles * segment_cost(p, s), 0, 0};
+  return {tiles * p.cost.wide_item, tiles * s.tiles, tiles > 1 ? s.tiles : 0};
+}
+
+FI_HD int32_t prefix_cost(const PlanParams& p, const PrefixLoad& all) {
+  constexpr int32_t kParts = 64;  // of a slice: less does not matter
+  int64_t best = kParts;
+  int32_t cost = p.cost.prefix;
+  if (all.longest == 0) return cost;
+  for (int32_t c = p.cost.prefix; c < p.cost.prefix + kPrefixCosts; ++c) {
+    int64_t slice = at_least(quotient((all.rest + all.tiles * c) * p.kv_heads, p.workers), kMinSlice);
+    int64_t length = p.cost.wide_item + int64_t(all.longest) * c;
+    int64_t past = length - quotient(length, slice) * slice;
+    int64_t off = quotient(kParts * at_most(past, slice - past), slice);
+    if (off < best) best = off, cost = c;
+  }
+  return cost;
+}
+
 FI_HD int32_t pieces_of(const PlanParams& p, const Line& line, int32_t s, int64_t most) {
   Price price = price_of(p, line, s);
   int64_t widest = has_levels(p) ? at_least(price.tile, kWidestTile) : kWidestTile;
@@ -472,8 +506,17 @@ FI_HD PlanHeader make_header(const PlanParams& p, const Line& line, const Count&
   int32_t units = p.kv_heads * line.segments;
   int32_t merges = chunked ? p.kv_heads * line.chunked_tiles : cuts.openers;
   int32_t slots = chunked ? p.kv_heads * line.chunked_segments : cuts.inside + cuts.openers;
-  return {units + cuts.inside, merges,   slots,       line.segments,   line.slice,
-          line.total,          overflow, line.rounds, line.state_rows, {}};
+  return {units + cuts.inside,
+          merges,
+          slots,
+          line.segments,
+          line.slice,
+          line.total,
+          overflow,
+          line.rounds,
+          line.state_rows,
+          has_levels(p) ? p.cost.prefix : 0,
+          {}};
 }
 
 }  // namespace fi

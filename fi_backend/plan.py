@@ -505,8 +505,8 @@ class Plan:
 
     @property
     def header(self) -> torch.Tensor:
-        """[16] int32: items, merges, slots, segments, slice, total (int64 both), error, rounds, state_rows, 5
-        unused."""
+        """[16] int32: items, merges, slots, segments, slice, total (int64 both), error, rounds, state_rows,
+        prefix_cost, 4 unused."""
         return self.planner.header
 
     @property

@@ -65,7 +65,16 @@ std::vector<int32_t> spread(const PlanParams& p, const Line& line) {
 
 }  // namespace
 
-void plan_host(const PlanParams& p) {
+void plan_host(const PlanParams& given) {
+  PlanParams p = given;
+  if (has_levels(p)) {
+    PrefixLoad all{};
+    for (int32_t node = 0; node < node_count(p); ++node) {
+      PrefixLoad load = load_of(p, node);
+      all = {all.rest + load.rest, all.tiles + load.tiles, at_least(all.longest, load.longest)};
+    }
+    p.cost.prefix = prefix_cost(p, all);
+  }
   Line line{};
   bool fits = build_line(p, &line);
   std::vector<int32_t> workers_before = spread(p, line);

@@ -69,6 +69,7 @@ struct PlanShared {
   int64_t round_begin[kMaxRounds + 1];
   int32_t most_tiles[2];
   int32_t wide;
+  int32_t longest;
 };
 
 // Segments of one KV head, kThreads nodes a round and kThreads segments at a time.
@@ -194,9 +195,24 @@ __device__ __forceinline__ const int32_t* spread(const PlanParams& p, const Line
 }
 
 template <int kThreads>
-__device__ __forceinline__ void plan_block(const PlanParams& p, PlanShared<kThreads>& shared) {
+__device__ __forceinline__ int32_t prefix_cost_of_all(const PlanParams& p, PlanShared<kThreads>& shared) {
+  PrefixLoad own{};
+  if (threadIdx.x == 0) shared.longest = 0;
+  for (int32_t node = threadIdx.x; node < node_count(p); node += kThreads) {
+    PrefixLoad load = load_of(p, node);
+    own = {own.rest + load.rest, own.tiles + load.tiles, at_least(own.longest, load.longest)};
+  }
+  const int64_t rest = scan<kThreads>(own.rest, shared.sums).sum;
+  raise(&shared.longest, own.longest);
+  const int64_t tiles = scan<kThreads>(own.tiles, shared.sums).sum;
+  return prefix_cost(p, {rest, tiles, shared.longest});
+}
+
+template <int kThreads>
+__device__ __forceinline__ void plan_block(PlanParams p, PlanShared<kThreads>& shared) {
   static_assert(kThreads > kMaxWorkers && kThreads > kMaxRounds, "a thread for every cut");
   int w = threadIdx.x;
+  if (has_levels(p) && p.levels.tree.header->prefixes > 0) p.cost.prefix = prefix_cost_of_all(p, shared);
   bool overflow;
   Line line = build_line<kThreads>(p, shared, &overflow);
   line.spread = spread<kThreads>(p, line, shared);
