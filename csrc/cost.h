@@ -44,21 +44,30 @@ static_assert(fits(costs_for(kRoomCpu)) && fits(costs_for(kRoomSm80)) && fits(co
 static_assert(kMinTiles >= 1 && kMinSlice >= kMinTiles * kWidestTile,
               "slices may not be shorter than a piece");
 
-// Shared prefixes, in bytes of memory traffic of one KV head: what a prefix reads once instead of once a
-// request against what joining partial states costs. A prefix's further row tiles find its keys in L2: not
-// counted.
+// Shared prefixes, in bytes of traffic of one KV head between multiprocessors and L2: what a prefix reads
+// once instead of once a request against what joining partial states costs. A prefix's further row tiles are
+// not counted.
 struct PrefixPrices {
   int64_t key;     // a key and its value, read
-  int64_t state;   // a partial state of each row of a query token, written and read
+  int64_t state;   // a partial state of each row of a query token, written and read, and its part in the join
   int64_t prefix;  // the work item of one
   int64_t least;   // what all prefixes of a batch save, or it has none
+  int64_t cached;  // keys of all prefixes, if they stay in L2 whoever reads them
 };
 FI_HD constexpr PrefixPrices prefix_prices(int64_t group, int64_t kv_heads, int64_t head_dim_qk,
                                            int64_t head_dim_vo) {
-  constexpr int64_t kItemKeys = 256;      // an item costs as much as reading so many keys
-  constexpr int64_t kLeast = 24'000'000;  // 8 us of an H100's memory: the join is launched, and waited for
+  constexpr int64_t kItemKeys = 256;              // an item costs as much as reading so many keys
+  constexpr int64_t kLeast = 32'000'000;          // 4 us of an H100's L2: the join is waited for
+  constexpr int64_t kCached = 40'000'000;         // of an H100's 50 MB
   int64_t key = 2 * (head_dim_qk + head_dim_vo);  // 16-bit elements
-  return {key, 2 * 4 * group * (head_dim_vo + 1), kItemKeys * key, kLeast / kv_heads};
+  return {key, 4 * 4 * group * (head_dim_vo + 1), kItemKeys * key, kLeast / kv_heads, kCached / kv_heads};
+}
+
+// Keys of prefixes that stay in L2 come out of memory once even if all read them, and out of L2 while others
+// come out of memory, at a rate of 2 to 5: as far as these take longer nothing is gained. shared: what would
+// not be read again, others: all besides, bytes.
+FI_HD constexpr int64_t hidden_by_memory(int64_t shared, int64_t others) {
+  return others * 3 / 2 < shared ? others * 3 / 2 : shared;
 }
 
 }  // namespace fi

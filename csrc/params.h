@@ -44,8 +44,9 @@ struct PlanHeader {
   int32_t error;       // 0, or 1: more segments than max_segments, the plan is empty
   int32_t rounds;      // worker w has the items of slices w, workers + w, ... of worker_indptr, in all rounds
   int32_t state_rows;  // composable formats: partial states of one KV head's segments
-  int32_t prefix_cost;  // likewise: what a tile of a prefix was taken to cost
-  int32_t reserved[4];
+  int32_t places;      // of them, query tokens whose rows are joined place by place
+  int32_t prefix_cost;  // what a tile of a prefix was taken to cost
+  int32_t reserved[3];
 };
 
 // BlockSparse as an executor sees it. Entry p of request r lies at

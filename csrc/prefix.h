@@ -30,6 +30,8 @@ struct alignas(8) Attachment {
 
 struct FindTotals {
   int64_t possible;  // tiles that would not be read again, were all sharing free
+  int64_t others;    // tiles of all requests besides these
+  int64_t prefixes;  // tiles of all nodes
   int64_t benefit;   // of the best prefixes, in the units of PrefixPrices
   int64_t saved;     // of the tree
   int32_t tokens;    // likewise
@@ -384,6 +386,24 @@ FI_TEAM void settle_all(const FindParams& p, const Trie& t, const Team& team, in
   team.sync();
 }
 
+// What hidden_by_memory asks for.
+template <class Team>
+FI_TEAM void count_others(const FindParams& p, const Trie& t, const Team& team, int32_t nodes) {
+  for_each(team, p.batch.num_requests, [&](int32_t r) {
+    const int32_t kv_len = at_most(at_least(p.batch.kv_len[r], 0), p.max_kv_len);
+    team.add(&p.totals->others, int64_t(ceil_div32(kv_len, p.tile_kv)) - t.attached[r].tiles);
+  });
+  for_each(team, nodes, [&](int32_t node) {
+    team.add(&p.totals->prefixes, int64_t(t.tiles(node) - t.tiles(t.up[node])));
+  });
+}
+
+FI_HD int64_t hidden(const FindParams& p) {
+  const int64_t tile = p.tile_kv * p.prices.key;
+  if (p.totals->prefixes * tile > p.prices.cached) return 0;
+  return hidden_by_memory(p.totals->possible * tile, p.totals->others * tile);
+}
+
 template <class Team>
 FI_TEAM void write_tree(const FindParams& p, const Trie& t, const Team& team, int32_t nodes) {
   const int32_t n = p.batch.num_requests;
@@ -441,8 +461,9 @@ FI_TEAM void build_tree(const FindParams& p, const Trie& t, const Team& team) {
   bool pays = p.totals->possible * p.tile_kv * p.prices.key > p.prices.least;  // without looking closely
   if (pays) {
     const int32_t nodes = build_trie(p, t, team);
+    count_others(p, t, team, nodes);
     settle_all(p, t, team, nodes);
-    pays = p.totals->benefit > p.prices.least;
+    pays = p.totals->benefit - hidden(p) > p.prices.least;
     if (pays) write_tree(p, t, team, nodes);
   }
   if (pays) return;

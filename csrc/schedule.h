@@ -504,19 +504,21 @@ FI_HD Count chunk_count(const Segment& s) { return {s.chunks > 1, s.chunks > 1 &
 FI_HD PlanHeader make_header(const PlanParams& p, const Line& line, const Count& cuts, bool overflow) {
   bool chunked = p.chunk_tiles > 0;
   int32_t units = p.kv_heads * line.segments;
-  int32_t merges = chunked ? p.kv_heads * line.chunked_tiles : cuts.openers;
-  int32_t slots = chunked ? p.kv_heads * line.chunked_segments : cuts.inside + cuts.openers;
-  return {units + cuts.inside,
-          merges,
-          slots,
-          line.segments,
-          line.slice,
-          line.total,
-          overflow,
-          line.rounds,
-          line.state_rows,
-          has_levels(p) ? p.cost.prefix : 0,
-          {}};
+  PlanHeader header{};
+  header.items = units + cuts.inside;
+  header.merges = chunked ? p.kv_heads * line.chunked_tiles : cuts.openers;
+  header.slots = chunked ? p.kv_heads * line.chunked_segments : cuts.inside + cuts.openers;
+  header.segments = line.segments;
+  header.slice = line.slice;
+  header.total = line.total;
+  header.error = overflow;
+  header.rounds = line.rounds;
+  if (has_levels(p)) {
+    header.state_rows = line.state_rows;
+    header.places = overflow ? 0 : p.levels.tree.header->tokens;
+    header.prefix_cost = p.cost.prefix;
+  }
+  return header;
 }
 
 }  // namespace fi

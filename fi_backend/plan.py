@@ -506,7 +506,7 @@ class Plan:
     @property
     def header(self) -> torch.Tensor:
         """[16] int32: items, merges, slots, segments, slice, total (int64 both), error, rounds, state_rows,
-        prefix_cost, 4 unused."""
+        places, prefix_cost, 3 unused."""
         return self.planner.header
 
     @property

@@ -114,7 +114,7 @@ void plan_host(const PlanParams& given) {
   *p.header = make_header(p, line, left_count, !fits);
   if (has_levels(p)) {
     note_cuts(p, whole(p.kv_heads * line.segments), left_count);
-    for (int32_t i = 0; fits && i < p.levels.tree.header->tokens; ++i) find_parts(p, i);
+    for (int32_t i = 0; i < p.header->places; ++i) find_parts(p, i);
     *p.levels_for_run = p.levels;
   }
   for (int32_t unit = 0; p.chunk_tiles > 0 && unit < p.header->items; ++unit) {

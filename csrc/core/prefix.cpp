@@ -136,8 +136,8 @@ FindParams find_params(const PrefixConfig& c, const PrefixLayout& l, char* buffe
   p.max_requests = int32_t(c.max_requests);
   p.max_tokens = int32_t(c.max_shared_tokens / c.max_requests);
   p.max_depth = int32_t(c.max_depth);
-  p.prices =
-      c.always ? PrefixPrices{1, 0, 0, 0} : prefix_prices(c.group, c.kv_heads, c.head_dim_qk, c.head_dim_vo);
+  p.prices = c.always ? PrefixPrices{1, 0, 0, 0, 0}
+                      : prefix_prices(c.group, c.kv_heads, c.head_dim_qk, c.head_dim_vo);
   p.tree = {reinterpret_cast<PrefixHeader*>(buffer), reinterpret_cast<Prefix*>(buffer + l.prefixes),
             reinterpret_cast<int32_t*>(buffer + l.prefix_of), reinterpret_cast<Place*>(buffer + l.places)};
   p.totals = reinterpret_cast<FindTotals*>(buffer + l.totals);

@@ -412,7 +412,7 @@ void run(const AttentionParams& p) {
       merge(p, args, p.merges[n]);
       ItemTimer<kProfile>::stop(p, p.header->items + n);
     }
-    const int32_t places = kLevels ? p.levels->tree.header->tokens : 0;
+    const int32_t places = kLevels ? p.header->places : 0;
 #pragma omp for schedule(static)
     for (int32_t place = 0; place < places; ++place) merge_place(p, args, place);
   }

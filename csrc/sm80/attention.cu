@@ -8,8 +8,8 @@ namespace fi::sm80 {
 
 __global__ void __launch_bounds__(32 * kMergeWarps, kMergeResidents)
     merge_after_items(const __grid_constant__ AttentionParams p) {
+  if constexpr (kLevels) merge_places(p, [] {});
   merge_rows(p, [] {});
-  if constexpr (kLevels) MergePlaces(p).run();
 }
 
 }  // namespace fi::sm80

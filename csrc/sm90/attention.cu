@@ -32,13 +32,8 @@ cudaError_t launch_early(void (*kernel)(P), const P& params, int blocks, int thr
 
 __global__ void __launch_bounds__(32 * kMergeWarps, kMergeResidents)
     merge_after_items(const __grid_constant__ AttentionParams p) {
-  if constexpr (kLevels) {
-    MergePlaces places(p);
-    merge_rows(p, wait_for_kernel_before);
-    places.run();
-  } else {
-    merge_rows(p, wait_for_kernel_before);
-  }
+  if constexpr (kLevels) merge_places(p, wait_for_kernel_before);
+  merge_rows(p, wait_for_kernel_before);
 }
 
 // Tokens of a box, or 0. Boxes are whole groups of eight swizzled lines and lie within a page and a tile.

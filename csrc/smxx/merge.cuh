@@ -8,8 +8,11 @@
 namespace fi::smxx {
 
 constexpr int kMergeWarps = 8;
-constexpr int kMergeResidents = 2;             // blocks that a multiprocessor holds
-constexpr int kMergeBlocks = kLevels ? 2 : 1;  // for each worker: composable formats have many rows to join
+// How many blocks a multiprocessor holds, and how many there are for each worker. Composable formats have
+// many rows to join.
+constexpr int kMergeResidents = kLevels && kDimVo <= 128 ? 4 : 2;
+constexpr int kMergeBlocks = kLevels ? kMergeResidents : 1;
+constexpr int kMergeUnroll = kLevels ? 4 : 8;  // fits the registers
 
 // A batch beyond the planner's capacity has no items. Without synchronising nobody can be told, so every
 // output becomes NaN: it shows where a stale or empty row would pass for an answer.
@@ -45,7 +48,7 @@ __device__ __forceinline__ State weigh_states(const AttentionParams& p, int begi
     sum *= keep;
     for (float4& x : o) x = {x.x * keep, x.y * keep, x.z * keep, x.w * keep};
     const float* partial = p.partial_o + state * kDimVo + 4 * lane;
-#pragma unroll 8
+#pragma unroll kMergeUnroll
     for (int i = 0; i < count; ++i) {
       float w = __shfl_sync(~0u, weight, i);
       sum += w;

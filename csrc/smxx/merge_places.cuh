@@ -64,7 +64,7 @@ struct MergePlaces {
         header(*p.header),
         lane(threadIdx.x % 32),
         heads(p.kv_heads * p.group),
-        rows(header.error ? 0 : levels.tree.header->tokens * heads),
+        rows(header.places * heads),
         n(blockIdx.x * kMergeWarps + threadIdx.x / 32) {
     if (n < rows) states = states_of(n);
   }
@@ -100,7 +100,7 @@ struct MergePlaces {
 
   __device__ __forceinline__ void join(const Args& args, const NodeStates& of_row, const Place& at,
                                        int head) const {
-    constexpr int kEarly = kDimVo > 128 ? 2 : 4;  // loaded beside the sums that say what they weigh
+    constexpr int kEarly = 2;  // loaded beside the sums that say what they weigh
     Columns o = {};
     float top = -INFINITY, sum = 0.f;
     const int count = of_row.count();
@@ -140,5 +140,14 @@ struct MergePlaces {
     write_merged(p, args, row, at.token, head, State{top, sum}, o);
   }
 };
+
+// wait: as in merge_rows.
+template <class Wait>
+__device__ __forceinline__ void merge_places(const AttentionParams& p, Wait wait) {
+  if (p.header->places == 0) return;
+  MergePlaces places(p);
+  wait();
+  places.run();
+}
 
 }  // namespace fi::smxx

@@ -274,7 +274,7 @@ __device__ __forceinline__ void plan_block(PlanParams p, PlanShared<kThreads>& s
       note_cuts(p, whole(p.kv_heads * line.segments), unpack(counts.sum));
       *p.levels_for_run = p.levels;
     }
-    for (int32_t i = w; !overflow && i < p.levels.tree.header->tokens; i += kThreads) find_parts(p, i);
+    for (int32_t i = w; i < header.places; i += kThreads) find_parts(p, i);
   }
 }
 

@@ -54,7 +54,7 @@ class Schedule:
         self.requests, finder = len(tokens), plan.planner.finder
         self.prefixes = np.zeros((0, 8), np.int32)
         if finder is not None:
-            cost = cost._replace(prefix=int(plan.header[11]))
+            cost = cost._replace(prefix=int(plan.header[12]))
         self.cost = cost.of_items(kv_tiles, wide, self.items[:, 0] >= self.requests)
         if finder is not None:
             self.prefixes = finder.prefixes[: int(finder.header[0])].cpu().numpy()
