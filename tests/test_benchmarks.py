@@ -75,9 +75,15 @@ def test_measure_and_report(tmp_path: Path) -> None:
     assert "| 0.50 |" in text
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- kernel figures: begin -->\nold\n<!-- kernel figures: end -->\nafter\n")
-    report.replace_block(page, result)
+    report.replace_blocks(page, result)
+    filled = f"before\n<!-- kernel figures: begin -->\n{text}\n<!-- kernel figures: end -->\nafter\n"
+    assert page.read_text() == filled
+    page.write_text(f"{filled}<!-- rope figures: begin -->\n<!-- rope figures: end -->\n")
+    rope = [row | {"suite": "rope"} for row in rows]
+    report.replace_blocks(page, {"meta": META, "rows": [*rows, *rope]})
+    of_rope = report.markdown({"meta": META, "rows": rope})
     assert page.read_text() == (
-        f"before\n<!-- kernel figures: begin -->\n{text}\n<!-- kernel figures: end -->\nafter\n"
+        f"{filled}<!-- rope figures: begin -->\n{of_rope}\n<!-- rope figures: end -->\n"
     )
     serving = [
         {"suite": "serve", "impl": "FLASH_ATTN", "case": "start-up, warm", "seconds": 20.0},
@@ -93,7 +99,7 @@ def test_measure_and_report(tmp_path: Path) -> None:
     assert "| case | ours, s | ours, page64, s | fa3, s | ours / fa3 |" in text
     assert "| a case | 2.00 | 1.00 | 4.00 | 0.50 |" in text
     with pytest.raises(ValueError, match="serving figures: begin"):
-        report.replace_block(page, {"meta": META, "rows": serving})
+        report.replace_blocks(page, {"meta": META, "rows": serving})
 
 
 def test_a_shared_prefix() -> None:
@@ -251,7 +257,7 @@ def test_latencies_of_an_open_loop() -> None:
     assert "| 1 requests/s | ours | 499.5 | 989.0 | 7.5 | 7.5 | 10.0 | 10.0 | 1.0 |" in report.markdown(
         result
     )
-    assert report.mark(result) == "open loop"
+    assert list(report.blocks(result, "<!-- open loop figures: begin -->")) == ["open loop"]
 
 
 def test_requests_arrive_on_time_whatever_is_being_served() -> None:
