@@ -269,7 +269,11 @@ def test_an_index_out_of_range_is_named(device: str, name: str, monkeypatch: pyt
     message = f"variant {re.escape(name)}: expected indices of 0 to 2 into table of length 3, got 3"
     with pytest.raises(IndexError, match=message):
         checks.run_inputs(plan, inputs, table=table[:3])
+    runner, ran = plan.planner.__dict__["_runner"], []
+    call = runner.call
+    runner.call = lambda storage, kernel, *rest: (ran.append(kernel), call(storage, kernel, *rest))
     checks.compare(inputs, *checks.run_inputs(plan, inputs))  # it does not stick
+    assert ran == [runner.executors[inputs.variant, inputs.q.dtype].attention]
     if device == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
