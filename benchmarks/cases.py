@@ -141,7 +141,7 @@ def _rope() -> Iterator[Case]:
     """Decodes in a window that slides over keys not rotated yet (StreamingLLM), of Vicuna-13B's shape."""
     shape = {"q_heads": 40, "kv_heads": 40, "variant": "CAUSAL+ROPE"}
     for requests in (1, 8, 32):
-        for window in (256, 1024, 4096):
+        for window in (256, 1024, 4096):  # what the sinks' page and the window's hold
             yield replace(
                 _decode(f"rope-{requests}x{window}", requests, "constant", window, **shape), suite="rope"
             )
@@ -189,16 +189,21 @@ CASES = (
     Case("chunk-512-over-32768", "mixed", (512,), (32768,)),
     Case("mixed-128dec-2chunk", "mixed", (1,) * 128 + (1024,) * 2, (4096,) * 130),
 )
-SUITES = ("decode", "prefill", "mixed", "prefix", "shapes", "variants", "rope", "sparse", "layers", "plan")
+SUITES = (
+    *("decode", "prefill", "mixed", "prefix", "shapes"),
+    *("variants", "rope", "streaming", "sparse", "layers", "plan"),
+)
 
 
 def of_suite(suite: str) -> list[Case]:
     """The plan suite plans the constant decode batches of three sizes; it runs no attention. The layers suite
-    runs decodes as layers of a model."""
+    runs decodes as layers of a model, the streaming suite the windows of rope in a whole one."""
     if suite == "plan":
         planned = ("decode-16x1024", "decode-64x4096", "decode-256x2048")
         return [replace(c, id=f"plan-{len(c.q_lens)}", suite="plan") for c in CASES if c.id in planned]
     if suite == "layers":
         layers = ("decode-1x8192", "decode-1x8192-page1-in-order", "decode-16x1024", "decode-64x4096")
         return [replace(c, id=c.id.replace("decode", suite), suite=suite) for c in CASES if c.id in layers]
+    if suite == "streaming":
+        return [replace(c, id=c.id.replace("rope", suite), suite=suite) for c in of_suite("rope")]
     return [c for c in CASES if c.suite == suite]

@@ -32,7 +32,8 @@ def made(result: Result) -> str:
 
 def _table(suite: str, lines: list[Cells]) -> Table:
     """Without the columns that no line fills."""
-    title = {"serve": "", "plan": "plan, time on the host"}.get(suite, suite)
+    whole_step = "streaming, time of a token of the whole model"
+    title = {"serve": "", "plan": "plan, time on the host", "streaming": whole_step}.get(suite, suite)
     head = [column for column in (lines[0] if lines else ()) if any(line[column] for line in lines)]
     return Table(title, head, [[line[column] for column in head] for line in lines])
 

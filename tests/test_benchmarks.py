@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import builds, engine_process, goals, open_loop, peers, report, serve, turns
+from benchmarks import builds, engine_process, goals, open_loop, peers, report, serve, streaming, turns
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
 from benchmarks.implementations import Unsupported, fi
@@ -43,6 +43,8 @@ def test_lengths() -> None:
 def test_every_case_fits_one_card() -> None:
     """Caches, queries and outputs; the flushed buffer and workspaces come on top."""
     assert max(c.bytes for c in CASES) < 40e9
+    model = 2 * streaming.LAYERS * 5120 * (4 * 5120 + 3 * 13824)
+    assert model + 1.5 * max(c.bytes for c in of_suite("streaming")) < 40e9  # rotated keys as well
     shapes = {(c.head_dim, c.q_heads // c.kv_heads) for c in of_suite("shapes")}
     assert shapes == {(64, 4), (96, 4), (192, 4), (256, 4), (128, 1), (128, 8), (128, 16)}
 
@@ -115,6 +117,29 @@ def test_a_shared_prefix() -> None:
     assert peers.PEERS.keys() >= {"vllm_fa3_cascade", "flashinfer_cascade"}
     with pytest.raises(Unsupported, match="no prefix"):
         peers.PEERS["vllm_fa3_cascade"](make(SMALL, torch.device("cpu")))
+
+
+def test_a_token_of_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last layer's attention, of keys that the step wrote, whoever rotates them."""
+    monkeypatch.setattr(streaming, "LAYERS", 2)
+    monkeypatch.setattr(streaming, "VOCABULARY", 64)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    case = replace(of_suite("streaming")[0], q_lens=(1,) * 3, kv_lens=(40, 64, 90))
+    case = replace(case, q_heads=4, kv_heads=4, head_dim=64)
+    for name in ("fi", "separate"):
+        row = measure(case, name, torch.device("cpu"))
+        assert row["layers"] == 2 and row["rel_err"] < 1e-2
+    data = make(case, torch.device("cpu"))
+    before = data.k.clone()
+    out = streaming.decode_step(data, fi)()
+    written = (data.k != before).any(-1).any(-1).nonzero().tolist()
+    assert sorted(written) == sorted(
+        [int(data.block_table[r, n // 16]), n % 16] for r, n in enumerate((39, 63, 89))
+    )
+    data.k = before
+    assert relative_error(data, out) > 0.05
+    with pytest.raises(Unsupported, match="decodes with rotation"):
+        measure(replace(case, variant="CAUSAL"), "separate", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("case", [c for c in of_suite("variants") if "4x8192" in c.id], ids=lambda c: c.id)
