@@ -148,12 +148,17 @@ def _rope() -> Iterator[Case]:
 
 
 def _sparse() -> Iterator[Case]:
-    """Pages that were chosen, of long decodes and, for each block of 128 query tokens, of a long prefill."""
-    for percent in (100, 50, 25, 10):
-        kept, of_block = (-(-n * percent // 1600) * 16 for n in (32768, 8192))  # whole pages
-        yield _decode(f"sparse-decode-16x32768-{percent}", 16, "constant", kept)
-        blocks = Case("", "", (128,) * 64, (of_block,) * 64, pool=8192, variant="FULL")
-        yield replace(blocks, id=f"sparse-prefill-64x128-of-8192-{percent}")
+    """Pages that were chosen, of long decodes and, for each block of 128 query tokens, of a long prefill.
+
+    Of the larger ones even a tenth takes far longer than what each step costs whatever is kept.
+    """
+    for requests, kv_len, tokens in ((16, 32768, 8192), (32, 131072, 32768)):
+        for percent in (100, 50, 25, 10):
+            kept, of_block = (-(-n * percent // 1600) * 16 for n in (kv_len, tokens))  # whole pages
+            yield _decode(f"sparse-decode-{requests}x{kv_len}-{percent}", requests, "constant", kept)
+            count = tokens // 128
+            blocks = Case("", "", (128,) * count, (of_block,) * count, pool=tokens, variant="FULL")
+            yield replace(blocks, id=f"sparse-prefill-{count}x128-of-{tokens}-{percent}")
 
 
 CASES = (

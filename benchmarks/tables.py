@@ -51,12 +51,14 @@ def _lines(suite: str, rows: list[Row], card: str) -> Iterator[Cells]:
 def _kernels(rows: list[Row], has_goals: bool) -> Iterator[Cells]:
     """Microseconds; the rate is the one that is nearer to its ceiling."""
     peers = [name for name in grouped(rows, "impl") if name not in OURS]
+    all_pages = {row["case"]: row["us"] for row in rows if (row["suite"], row["impl"]) == ("sparse", "fi")}
     for case, of_case in grouped(rows, "case").items():
         found = {row["impl"]: row for row in of_case}
         ours = found.get("fi")
         if ours is None:
             continue
         us, timed = ours["us"], "tb_s" in ours
+        whole = all_pages.get(case.rpartition("-")[0] + "-100")
         best = min((found[p]["us"] for p in peers if p in found), default=None)
         goal = goals.GOAL_US.get(case) if has_goals else None
         yield {
@@ -66,6 +68,7 @@ def _kernels(rows: list[Row], has_goals: bool) -> Iterator[Cells]:
             "on the GPU, us": f"{ours['gpu_us']:.1f}" if "gpu_us" in ours else "",
             "list, us": f"{ours['list_us']:.1f}" if "list_us" in ours else "",
             "list and plan, us": f"{ours['list_and_plan_us']:.1f}" if "list_us" in ours else "",
+            "of all pages' time": f"{us / whole:.3f}" if whole else "",
             "rate": _rate(ours) if timed else "",
             "error": f"{ours['rel_err']:.1e}" if timed else "",
             **{f"{p.replace('_', ' ')}, us": f"{found[p]['us']:.1f}" if p in found else "" for p in peers},

@@ -104,6 +104,16 @@ def test_measure_and_report(tmp_path: Path) -> None:
         report.replace_blocks(page, {"meta": META, "rows": serving})
 
 
+def test_pages_kept_beside_the_time_they_take() -> None:
+    rows = [
+        {"suite": "sparse", "impl": "fi", "case": f"{case}-{percent}", "us": us}
+        for case, percent, us in (("a", 100, 40.0), ("a", 10, 5.0), ("b", 100, 9.0))
+    ]
+    text = report.markdown({"meta": META, "rows": rows})
+    assert "| case | ours, us | of all pages' time |" in text
+    assert "| a-10 | 5.0 | 0.125 |" in text
+
+
 def test_a_shared_prefix() -> None:
     case = Case("small", "prefix", (1, 1), (40, 50), q_heads=4, kv_heads=2, head_dim=64, prefix=32)
     data = make(case, torch.device("cpu"))
