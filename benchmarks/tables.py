@@ -45,6 +45,8 @@ def _lines(suite: str, rows: list[Row], card: str) -> Iterator[Cells]:
         return _builds(rows)
     if suite == "open loop":
         return _open_loop(rows)
+    if suite == "decode rate":
+        return _decode_rates(rows)
     return _kernels(rows, goals.CARD in card)
 
 
@@ -101,6 +103,19 @@ def _open_loop(rows: list[Row]) -> Iterator[Cells]:
                 **{f"{name}, ms": f"{row[key]:.1f}" for name, key in LATENCIES.items()},
                 "requests/s": f"{row['requests_s']:.1f}",
                 "tokens/s": f"{row['tokens_s']:.0f}",
+            }
+
+
+def _decode_rates(rows: list[Row]) -> Iterator[Cells]:
+    """Of whole engines; the first is the example."""
+    for of_case in grouped([row for row in rows if "failed" not in row], "case").values():
+        for row in of_case:
+            yield {
+                "case": row["case"],
+                "engine": "vLLM, ours" if row["impl"] in OURS else row["impl"],
+                "tokens/s": f"{row['tokens_s']:.0f}",
+                "step, ms": f"{row['step_ms']:.3f}",
+                f"{of_case[0]['impl']} / it": f"{of_case[0]['tokens_s'] / row['tokens_s']:.2f}",
             }
 
 

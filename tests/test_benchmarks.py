@@ -315,11 +315,22 @@ def test_requests_arrive_on_time_whatever_is_being_served() -> None:
     assert all(s.times[0] - s.arrival > 0.19 for s in served)
 
 
-def test_open_loop_needs_vllm() -> None:
-    command = [sys.executable, "-m", "benchmarks", "serve", "--engine", "sglang", "--open-loop"]
+@pytest.mark.parametrize("option", ["--open-loop", "--minimal"])
+def test_options_of_vllm(option: str) -> None:
+    command = [sys.executable, "-m", "benchmarks", "serve", "--engine", "sglang", option]
     done = subprocess.run(command, cwd=engine_process.ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "expected --engine vllm with --open-loop, got sglang" in done.stderr
+    assert f"expected --engine vllm with {option}, got sglang" in done.stderr
+
+
+def test_decode_rates_beside_the_example() -> None:
+    rows = [
+        {"suite": "decode rate", "case": "a case", "impl": impl, "tokens_s": rate, "step_ms": 64e3 / rate}
+        for impl, rate in (("minimal engine", 32000.0), ("FLASH_ATTN", 16000.0), ("CUSTOM", 20000.0))
+    ]
+    text = report.markdown({"meta": META | {"vllm": "0.26.0"}, "rows": rows})
+    assert "| a case | FLASH_ATTN | 16000 | 4.000 | 2.00 |" in text
+    assert "| a case | vLLM, ours | 20000 | 3.200 | 1.60 |" in text
 
 
 def test_peers() -> None:
