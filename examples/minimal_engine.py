@@ -38,6 +38,16 @@ LAYER = """
 """.split()
 
 
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads, head_dim] at the positions of cos and sin [tokens, 1, head_dim]."""
+    return x * cos + x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) * sin
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
 class Llama:
     """The model as a function of tokens and positions; `attend` is called with q, k and v of each layer."""
 
@@ -70,6 +80,9 @@ class Llama:
         angle = torch.outer(torch.arange(self.max_len, device=device), frequency).repeat(1, 2)[:, None]
         self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)  # [positions, 1, head_dim]
         self.sin[..., : self.head_dim // 2] *= -1
+        gpu = device.type == "cuda"
+        self._rotated = torch.compile(rotated) if gpu else rotated
+        self._gated = torch.compile(gated) if gpu else gated
 
     def __call__(
         self,
@@ -80,17 +93,15 @@ class Llama:
     ) -> torch.Tensor:
         """Logits [len(last), vocabulary] of those tokens whose indices are in last.
 
-        A decode step takes as long as it has kernels: so products add to x, and halves swap in one.
+        A decode step takes as long as it has kernels: so products add to x, and torch fuses what it can.
         """
         x, cos, sin = self.embedding[tokens], self.cos[positions], self.sin[positions]
         for i, (norm, qkv, o, mlp_norm, gate_up, down) in enumerate(self.layers):
             heads = F.linear(self._norm(x, norm), qkv).unflatten(1, (-1, self.head_dim))
             qk, v = heads.split([self.q_heads + self.kv_heads, self.kv_heads], 1)
-            swapped = qk.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-            q, k = torch.addcmul(qk * cos, swapped, sin).split([self.q_heads, self.kv_heads], 1)
+            q, k = self._rotated(qk, cos, sin).split([self.q_heads, self.kv_heads], 1)
             x.addmm_(attend(i, q, k, v).flatten(1), o.T)
-            gate, up = F.linear(self._norm(x, mlp_norm), gate_up).chunk(2, -1)
-            x.addmm_(F.silu(gate) * up, down.T)
+            x.addmm_(self._gated(F.linear(self._norm(x, mlp_norm), gate_up)), down.T)
         return F.linear(self._norm(x[last], self.last_norm), self.head)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -149,6 +160,7 @@ class Engine:
         self.decode.capture()
         self.decoded, self.decode_seconds = 0, 0.0
 
+    @torch.no_grad()
     def forward(
         self, qo_indptr: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, seats: torch.Tensor
     ) -> torch.Tensor:
