@@ -11,13 +11,16 @@ def serve(arguments: list[str]) -> None:
     """All other options are those of the module chosen here."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks serve", add_help=False, allow_abbrev=False)
     parser.add_argument("--engine", choices=("vllm", "sglang"), required=True)
-    parser.add_argument("--open-loop", action="store_true", help="latencies under load, in vLLM")
+    other = parser.add_mutually_exclusive_group()
+    add = other.add_argument
+    add("--open-loop", dest="name", action="store_const", const="open_loop", help="latencies under load")
+    add("--minimal", dest="name", action="store_const", const="minimal", help="beside the example engine")
     chosen, rest = parser.parse_known_args(arguments)
-    if chosen.open_loop and chosen.engine != "vllm":
-        parser.error(f"expected --engine vllm with --open-loop, got {chosen.engine}")
+    if chosen.name and chosen.engine != "vllm":
+        option = chosen.name.replace("_", "-")
+        parser.error(f"expected --engine vllm with --{option}, got {chosen.engine}")
     # an engine's start-up is timed: torch and the kernel suites are not imported before it
-    name = "open_loop" if chosen.open_loop else chosen.engine
-    import_module(f".serve_{name}", __package__).main(rest)
+    import_module(f".serve_{chosen.name or chosen.engine}", __package__).main(rest)
 
 
 def main() -> None:

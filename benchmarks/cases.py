@@ -157,19 +157,24 @@ def _rope() -> Iterator[Case]:
     """Decodes in a window that slides over keys not rotated yet (StreamingLLM), of Vicuna-13B's shape."""
     shape = {"q_heads": 40, "kv_heads": 40, "variant": "CAUSAL+ROPE"}
     for requests in (1, 8, 32):
-        for window in (256, 1024, 4096):
+        for window in (256, 1024, 4096):  # what the sinks' page and the window's hold
             yield replace(
                 _decode(f"rope-{requests}x{window}", requests, "constant", window, **shape), suite="rope"
             )
 
 
 def _sparse() -> Iterator[Case]:
-    """Pages that were chosen, of long decodes and, for each block of 128 query tokens, of a long prefill."""
-    for percent in (100, 50, 25, 10):
-        kept, of_block = (-(-n * percent // 1600) * 16 for n in (32768, 8192))  # whole pages
-        yield _decode(f"sparse-decode-16x32768-{percent}", 16, "constant", kept)
-        blocks = Case("", "", (128,) * 64, (of_block,) * 64, pool=8192, variant="FULL")
-        yield replace(blocks, id=f"sparse-prefill-64x128-of-8192-{percent}")
+    """Pages that were chosen, of long decodes and, for each block of 128 query tokens, of a long prefill.
+
+    Of the larger ones even a tenth takes far longer than what each step costs whatever is kept.
+    """
+    for requests, kv_len, tokens in ((16, 32768, 8192), (32, 131072, 32768)):
+        for percent in (100, 50, 25, 10):
+            kept, of_block = (-(-n * percent // 1600) * 16 for n in (kv_len, tokens))  # whole pages
+            yield _decode(f"sparse-decode-{requests}x{kv_len}-{percent}", requests, "constant", kept)
+            count = tokens // 128
+            blocks = Case("", "", (128,) * count, (of_block,) * count, pool=tokens, variant="FULL")
+            yield replace(blocks, id=f"sparse-prefill-{count}x128-of-{tokens}-{percent}")
 
 
 CASES = (
@@ -209,27 +214,20 @@ CASES = (
     Case("mixed-128dec-2chunk", "mixed", (1,) * 128 + (1024,) * 2, (4096,) * 130),
 )
 SUITES = (
-    "decode",
-    "prefill",
-    "mixed",
-    "prefix",
-    "sweep",
-    "shapes",
-    "variants",
-    "rope",
-    "sparse",
-    "layers",
-    "plan",
+    *("decode", "prefill", "mixed", "prefix", "sweep", "shapes"),
+    *("variants", "rope", "streaming", "sparse", "layers", "plan"),
 )
 
 
 def of_suite(suite: str) -> list[Case]:
     """The plan suite plans the constant decode batches of three sizes; it runs no attention. The layers suite
-    runs decodes as layers of a model."""
+    runs decodes as layers of a model, the streaming suite the windows of rope in a whole one."""
     if suite == "plan":
         planned = ("decode-16x1024", "decode-64x4096", "decode-256x2048")
         return [replace(c, id=f"plan-{len(c.q_lens)}", suite="plan") for c in CASES if c.id in planned]
     if suite == "layers":
         layers = ("decode-1x8192", "decode-1x8192-page1-in-order", "decode-16x1024", "decode-64x4096")
         return [replace(c, id=c.id.replace("decode", suite), suite=suite) for c in CASES if c.id in layers]
+    if suite == "streaming":
+        return [replace(c, id=c.id.replace("rope", suite), suite=suite) for c in of_suite("rope")]
     return [c for c in CASES if c.suite == suite]

@@ -12,6 +12,7 @@ import torch
 
 PLAN_RUNS = 200
 LAYERS, REPLAYS = 8, 30
+STEPS = 20
 HIDDEN, INTERMEDIATE = 4096, 14336
 QUANTILES = (0.5, 0.1, 0.9)
 
@@ -47,6 +48,14 @@ def layer_us(run: Callable[[], object], tokens: int, qkv: int, device: torch.dev
     return _spread(((times[:, 0] - times[:, 1]) / LAYERS).tolist())
 
 
+def step_us(step: Callable[[], object], device: torch.device) -> Spread:
+    """Time of a model's step, by a CUDA graph of it; on a CPU as in device_us."""
+    if device.type == "cpu":
+        return device_us(step, device)
+    graph = _captured(step, device)
+    return _spread([_replay_us(graph) for _ in range(STEPS + 1)][1:])
+
+
 @functools.cache
 def _weights(qkv: int, device: torch.device) -> list[list[torch.Tensor]]:
     shapes = ((HIDDEN, qkv), (HIDDEN, HIDDEN), (HIDDEN, 2 * INTERMEDIATE), (INTERMEDIATE, HIDDEN))
@@ -66,6 +75,10 @@ def _layers(run: Callable[[], object], tokens: int, qkv: int, device: torch.devi
             x @ out
             (x @ up)[:, :INTERMEDIATE] @ down
 
+    return _captured(step, device)
+
+
+def _captured(step: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
     step()  # libraries and kernels are loaded outside of the capture
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()

@@ -17,22 +17,19 @@ from .implementations import Prepare, Prepared, Unsupported, fi
 
 
 def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, out: torch.Tensor) -> None:
-    """x, out [.., heads, D], cosine and sine [.., 1, D / 2] float32."""
-    first, second = x.float().chunk(2, -1)
-    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
-    out.copy_(turned.to(x.dtype))
+    """x, out [N, heads, D]; float32: cosine [N, 1, 1, D / 2], sine [N, 1, 2, D / 2], minus first."""
+    halves = x.unflatten(-1, (2, -1)).float()
+    out.copy_((halves * cosine + halves.flip(-2) * sine).flatten(-2))
 
 
 def _tables(data: Data, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of [.., 1, D / 2] at positions [..]."""
+    """Cosine and sine of positions [N], as _rotate takes them."""
     half = data.case.head_dim // 2
-    one = torch.zeros(1, 2 * half, dtype=torch.float64, device=positions.device)
+    one = torch.zeros(len(positions), 2 * half, dtype=torch.float64, device=positions.device)
     one[:, :half] = 1  # the rotated (1, 0) is (cosine, sine)
-    both = rotated(
-        one.expand(positions.numel(), -1), positions.flatten(), rope_turns(2 * half, device=one.device)
-    )
-    cosine, sine = both.float().view(*positions.shape, 1, 2 * half).chunk(2, -1)
-    return cosine.contiguous(), sine.contiguous()
+    turned = rotated(one, positions, rope_turns(2 * half, device=one.device)).float()
+    cosine, sine = turned[:, None, None].chunk(2, -1)
+    return cosine.contiguous(), torch.cat((-sine, sine), 2)
 
 
 def _separate(prepare: Prepare) -> Prepare:
@@ -46,12 +43,15 @@ def _separate(prepare: Prepare) -> Prepare:
         order = torch.arange(data.block_table.shape[1] * case.page_size, device=q.device)
         for row, pages in zip(data.block_table.long(), data.pages.tolist(), strict=True):
             positions[row[:pages]] = order[: pages * case.page_size].view(pages, -1)
-        of_keys, of_queries = _tables(data, positions), _tables(data, data.kv_len.long() - 1)
+        of_queries = data.q, *_tables(data, data.kv_len.long() - 1), q
+        of_keys = data.k.flatten(0, 1), *_tables(data, positions.flatten()), k.flatten(0, 1)
+        for x in (*of_queries, *of_keys):  # all but how many: the kernel divides by numbers it knows
+            torch._dynamo.mark_static(x, list(range(1, x.dim())))
         rotate = torch.compile(_rotate, dynamic=True)
 
         def run() -> torch.Tensor:
-            rotate(data.q, *of_queries, q)
-            rotate(data.k, *of_keys, k)
+            rotate(*of_queries)
+            rotate(*of_keys)
             return attention.run()
 
         return Prepared(attention.plan, run)

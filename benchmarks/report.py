@@ -6,23 +6,27 @@ import argparse
 import json
 from pathlib import Path
 
+from .cases import SUITES
 from .page import page
-from .rows import Result
+from .rows import Result, grouped
 from .tables import made, tables
 
 
-def mark(result: Result) -> str:
-    """Which marked block of a page the results belong into."""
-    suites = {row["suite"] for row in result["rows"]}
-    if suites == {"variants"}:
-        return "variant"
-    if suites == {"rope"}:
-        return "rope"
-    if not suites & {"serve", "open loop"}:
-        return "kernel"
-    if "open loop" in suites:
-        return "open loop"
-    return "sglang serving" if "sglang" in result["meta"] else "serving"
+def blocks(result: Result, text: str) -> dict[str, Result]:
+    """The results by marked block of a page: kernel suites share one, where they have none of their own."""
+    found: dict[str, Result] = {}
+    for suite, rows in grouped(result["rows"], "suite").items():
+        name = suite
+        if suite == "serve":
+            name = "sglang serving" if "sglang" in result["meta"] else "serving"
+        elif suite in (*SUITES, "jit") and _marks(suite)[0] not in text:
+            name = "kernel"
+        found.setdefault(name, result | {"rows": []})["rows"].extend(rows)
+    return found
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name} figures: begin -->", f"<!-- {name} figures: end -->"
 
 
 def markdown(result: Result) -> str:
@@ -34,14 +38,16 @@ def markdown(result: Result) -> str:
     return "\n".join([*lines, made(result)])
 
 
-def replace_block(page: Path, result: Result) -> None:
+def replace_blocks(page: Path, result: Result) -> None:
     """Put the tables between their marks in a Markdown file. Raises ValueError if it has none."""
-    old, name = page.read_text(), mark(result)
-    begin, end = f"<!-- {name} figures: begin -->", f"<!-- {name} figures: end -->"
-    if begin not in old or end not in old:
-        raise ValueError(f"expected the marks {begin!r} and {end!r} in {page}")
-    before, rest = old.split(begin, 1)
-    page.write_text(f"{before}{begin}\n{markdown(result)}\n{end}{rest.split(end, 1)[1]}")
+    text = page.read_text()
+    for name, of_block in blocks(result, text).items():
+        begin, end = _marks(name)
+        if begin not in text or end not in text:
+            raise ValueError(f"expected the marks {begin!r} and {end!r} in {page}")
+        before, rest = text.split(begin, 1)
+        text = f"{before}{begin}\n{markdown(of_block)}\n{end}{rest.split(end, 1)[1]}"
+    page.write_text(text)
 
 
 def main() -> None:
@@ -55,7 +61,7 @@ def main() -> None:
         args.page.write_text(page(results))
     try:
         for result in results if args.into is not None else ():
-            replace_block(args.into, result)
+            replace_blocks(args.into, result)
     except ValueError as error:
         parser.error(str(error))
     if args.into is None and args.page is None:

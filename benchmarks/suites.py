@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from . import builds, peer_builds, peers
+from . import builds, peer_builds, peers, streaming
 from .cases import SUITES, Case, of_suite
 from .data import make, relative_error
 from .engine_process import say
 from .implementations import OURS, Unsupported
-from .measure import Spread, device_us, host_us, layer_us
+from .measure import Spread, device_us, host_us, layer_us, step_us
 from .meta import meta
 from .report import markdown
 
@@ -29,8 +29,13 @@ SERVE = "Whole engines: python -m benchmarks serve --engine {vllm,sglang} --help
 def measure(case: Case, name: str, device: torch.device) -> Row:
     """One row of a results file. Raises Unsupported."""
     data = make(case, device)
-    prepared = {**OURS, **peers.PEERS}[name](data)
+    prepare = {**OURS, **peers.PEERS}[name]
     row: Row = {"suite": case.suite, "case": case.id, "impl": name}
+    if case.suite == "streaming":
+        step = streaming.decode_step(data, prepare)
+        row |= rounded(step_us(step, device)) | {"layers": streaming.LAYERS}
+        return row | {"rel_err": shortened(relative_error(data, data.out))}
+    prepared = prepare(data)
     if case.suite == "plan":
         row |= rounded(host_us(prepared.plan, device))
         if name == "fi" and device.type == "cuda":  # peers plan on the host
@@ -90,7 +95,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=SERVE)
     parser.add_argument("suites", nargs="+", choices=(*SUITES, "jit"))
     parser.add_argument(
-        "--peers", type=peers.names, default=[], help="fa3, flashinfer or one of its wrappers, flex"
+        "--peers", type=peers.names, default=[], help="fa3, flashinfer or one of its wrappers, flex, rope"
     )
     parser.add_argument("--case", action="append", default=[], help="only this case id (repeatable)")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")

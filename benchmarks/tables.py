@@ -32,7 +32,8 @@ def made(result: Result) -> str:
 
 def _table(suite: str, lines: list[Cells]) -> Table:
     """Without the columns that no line fills."""
-    title = {"serve": "", "plan": "plan, time on the host"}.get(suite, suite)
+    whole_step = "streaming, time of a token of the whole model"
+    title = {"serve": "", "plan": "plan, time on the host", "streaming": whole_step}.get(suite, suite)
     head = [column for column in (lines[0] if lines else ()) if any(line[column] for line in lines)]
     return Table(title, head, [[line[column] for column in head] for line in lines])
 
@@ -44,18 +45,22 @@ def _lines(suite: str, rows: list[Row], card: str) -> Iterator[Cells]:
         return _builds(rows)
     if suite == "open loop":
         return _open_loop(rows)
+    if suite == "decode rate":
+        return _decode_rates(rows)
     return _kernels(rows, goals.CARD in card)
 
 
 def _kernels(rows: list[Row], has_goals: bool) -> Iterator[Cells]:
     """Microseconds; the rate is the one that is nearer to its ceiling."""
     peers = [name for name in grouped(rows, "impl") if name not in OURS]
+    all_pages = {row["case"]: row["us"] for row in rows if (row["suite"], row["impl"]) == ("sparse", "fi")}
     for case, of_case in grouped(rows, "case").items():
         found = {row["impl"]: row for row in of_case}
         ours = found.get("fi")
         if ours is None:
             continue
         us, timed, flat = ours["us"], "tb_s" in ours, found.get("fi_flat")
+        whole = all_pages.get(case.rpartition("-")[0] + "-100")
         best = min((found[p]["us"] for p in peers if p in found), default=None)
         goal = goals.GOAL_US.get(case) if has_goals else None
         yield {
@@ -69,6 +74,7 @@ def _kernels(rows: list[Row], has_goals: bool) -> Iterator[Cells]:
             "single format, us": f"{flat['us']:.1f}" if flat else "",
             "its plan, us": f"{flat['plan_us']:.1f}" if flat else "",
             "ours / single format": f"{us / flat['us']:.2f}" if flat else "",
+            "of all pages' time": f"{us / whole:.3f}" if whole else "",
             "rate": _rate(ours) if timed else "",
             "error": f"{ours['rel_err']:.1e}" if timed else "",
             **{f"{p.replace('_', ' ')}, us": f"{found[p]['us']:.1f}" if p in found else "" for p in peers},
@@ -101,6 +107,19 @@ def _open_loop(rows: list[Row]) -> Iterator[Cells]:
                 **{f"{name}, ms": f"{row[key]:.1f}" for name, key in LATENCIES.items()},
                 "requests/s": f"{row['requests_s']:.1f}",
                 "tokens/s": f"{row['tokens_s']:.0f}",
+            }
+
+
+def _decode_rates(rows: list[Row]) -> Iterator[Cells]:
+    """Of whole engines; the first is the example."""
+    for of_case in grouped([row for row in rows if "failed" not in row], "case").values():
+        for row in of_case:
+            yield {
+                "case": row["case"],
+                "engine": "vLLM, ours" if row["impl"] in OURS else row["impl"],
+                "tokens/s": f"{row['tokens_s']:.0f}",
+                "step, ms": f"{row['step_ms']:.3f}",
+                f"{of_case[0]['impl']} / it": f"{of_case[0]['tokens_s'] / row['tokens_s']:.2f}",
             }
 
 

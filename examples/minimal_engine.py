@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,16 @@ LAYER = """
     input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj
     post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj
 """.split()
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads, head_dim] at the positions of cos and sin [tokens, 1, head_dim]."""
+    return x * cos + x.unflatten(-1, (2, -1)).flip(-2).flatten(-2) * sin
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 class Llama:
@@ -68,6 +79,10 @@ class Llama:
         frequency = theta ** -(torch.arange(0, self.head_dim, 2, device=device) / self.head_dim)
         angle = torch.outer(torch.arange(self.max_len, device=device), frequency).repeat(1, 2)[:, None]
         self.cos, self.sin = angle.cos().to(dtype), angle.sin().to(dtype)  # [positions, 1, head_dim]
+        self.sin[..., : self.head_dim // 2] *= -1
+        gpu = device.type == "cuda"
+        self._rotated = torch.compile(rotated) if gpu else rotated
+        self._gated = torch.compile(gated) if gpu else gated
 
     def __call__(
         self,
@@ -76,16 +91,17 @@ class Llama:
         last: torch.Tensor,
         attend: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Logits [len(last), vocabulary] of those tokens whose indices are in last."""
+        """Logits [len(last), vocabulary] of those tokens whose indices are in last.
+
+        A decode step takes as long as it has kernels: so products add to x, and torch fuses what it can.
+        """
         x, cos, sin = self.embedding[tokens], self.cos[positions], self.sin[positions]
         for i, (norm, qkv, o, mlp_norm, gate_up, down) in enumerate(self.layers):
             heads = F.linear(self._norm(x, norm), qkv).unflatten(1, (-1, self.head_dim))
             qk, v = heads.split([self.q_heads + self.kv_heads, self.kv_heads], 1)
-            a, b = qk.chunk(2, -1)
-            q, k = (qk * cos + torch.cat([-b, a], -1) * sin).split([self.q_heads, self.kv_heads], 1)
-            x = x + F.linear(attend(i, q, k, v).flatten(1), o)
-            gate, up = F.linear(self._norm(x, mlp_norm), gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, down)
+            q, k = self._rotated(qk, cos, sin).split([self.q_heads, self.kv_heads], 1)
+            x.addmm_(attend(i, q, k, v).flatten(1), o.T)
+            x.addmm_(self._gated(F.linear(self._norm(x, mlp_norm), gate_up)), down.T)
         return F.linear(self._norm(x[last], self.last_norm), self.head)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -133,17 +149,18 @@ class Engine:
         self.running: list[Request] = []
 
         # A decode step has one token per request. Its padding is at position -1: no key is read or written.
-        self.inputs = [torch.zeros(max_requests, dtype=torch.int64, device=self.device) for _ in range(3)]
+        self.inputs = torch.zeros(3, max_requests, dtype=torch.int64, device=self.device)
         one_each = torch.arange(max_requests + 1, dtype=torch.int32, device=self.device)
         self.decode = Buckets(
             lambda tokens, *where: self.forward(one_each[: len(tokens) + 1], tokens, *where),
-            self.inputs,
+            self.inputs.unbind(),
             padding=(0, -1, 0),
             sizes=[n for n in (1, 2, 4, *range(8, max_requests, 8)) if n < max_requests] + [max_requests],
         )
         self.decode.capture()
         self.decoded, self.decode_seconds = 0, 0.0
 
+    @torch.no_grad()
     def forward(
         self, qo_indptr: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, seats: torch.Tensor
     ) -> torch.Tensor:
@@ -193,15 +210,16 @@ class Engine:
             qo_indptr.append(len(tokens))
             r.cached = end
 
-        columns = [self._host(values) for values in (tokens, positions, seats)]
+        inputs = self._host([tokens, positions, seats])
         decoding = len(tokens) == len(self.running)
         if decoding:
-            for static, column in zip(self.inputs, columns, strict=True):
-                static[: len(column)].copy_(column, non_blocking=True)
+            self.inputs[:, : len(tokens)].copy_(inputs, non_blocking=True)
             sampled = self.decode(len(tokens))
         else:
-            columns = [self._host(qo_indptr, torch.int32), *columns]
-            sampled = self.forward(*(x.to(self.device, non_blocking=True) for x in columns))
+            begins, inputs = (
+                x.to(self.device, non_blocking=True) for x in (self._host(qo_indptr, torch.int32), inputs)
+            )
+            sampled = self.forward(begins, *inputs)
 
         for r, token in zip(self.running, sampled.tolist(), strict=True):  # waits for the GPU
             if r.cached == len(r.tokens):  # otherwise its prompt goes on in the next step
@@ -231,7 +249,9 @@ class Engine:
     def _release(self) -> list[Request]:
         eos = self.model.eos
         finished = [
-            r for r in self.running if r.answer and (r.tokens[-1] in eos or len(r.tokens) == r.max_len)
+            r
+            for r in self.running
+            if len(r.tokens) > r.prompt_len and (r.tokens[-1] in eos or len(r.tokens) == r.max_len)
         ]
         for request in finished:
             self.running.remove(request)
@@ -239,7 +259,7 @@ class Engine:
             self.free_pages += request.pages
         return finished
 
-    def _host(self, values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    def _host(self, values: list[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """Page-locked where the device is a GPU: only then a copy to it does not wait for the GPU."""
         return torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
 

@@ -26,6 +26,7 @@ def check(
     kv_heads: int = 2,
     head_dim: int = 64,
     dtype: torch.dtype | None = None,
+    skip: Variant | None = None,
     device: torch.device | str | None = None,
     cases: int = 8,
     seed: int = 0,
@@ -35,6 +36,7 @@ def check(
 
     variant_args as for `run`: tensors on `device`, of q_heads elements per head, REQUESTS per request,
     REQUESTS * MAX_ROWS per token, [REQUESTS, MAX_KEYS] per key.
+    skip: as for Planner; without it plans leave out what CAUSAL and WINDOW hide.
     device: by default the GPU if there is one; dtype: by default bfloat16 there and float32 on the CPU.
 
     Returns the largest error of out. Raises AssertionError at the first element of out or lse that is further
@@ -49,10 +51,12 @@ def check(
         max_requests=REQUESTS,
         max_tokens=REQUESTS * MAX_ROWS,
         max_kv_len=MAX_KEYS,
-        causal=CAUSAL in variant,
-        window=variant_args.get("window"),
+        causal=None if skip is not None else CAUSAL in variant,
+        window=None if skip is not None else variant_args.get("window"),
+        skip=skip,
         device=device,
     )
+    of_skip = {} if skip is None else {a.name: variant_args[a.name] for a in skip.args}
     rng, worst = random.Random(seed), 0.0
     noise = torch.Generator().manual_seed(seed)
     for _ in range(cases):
@@ -66,7 +70,7 @@ def check(
         kv = KVCache(*(normal(pages, PAGE_SIZE, kv_heads, head_dim) for _ in "kv"))
         q = normal(max(sum(q_lens), 1), q_heads, head_dim)
         lse = torch.empty(len(q), q_heads, device=device) if variant.softmax else None
-        out = run(planner.plan(batch), q, kv, variant=variant, lse=lse, **variant_args)
+        out = run(planner.plan(batch, **of_skip), q, kv, variant=variant, lse=lse, **variant_args)
         ask = (q, kv, batch, variant, variant_args, head_dim**-0.5)
         (true_out, true_lse), (fair, fair_lse) = eager.attention(*ask), eager.attention(*ask, dtype=dtype)
         n = sum(q_lens)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .expressions import Name, Part, names_in, translate
+from .expressions import Name, Part, translate
 
 if TYPE_CHECKING:
     from .variants import Argument
@@ -72,25 +71,8 @@ def functor(
         raise ValueError(f"variant {name}: expected {kind} to be a number, got {source!r}")
     if of_keys or of_queries:
         return _TRANSFORMS[kind].format(kind, part.text), _eager_transform(part, "kv" if of_keys else "q")
-    if kind == "logits" and (cap := _cap(sources[0])):
-        return _CAP.format(translate(cap, scope, f"variant {name}")[0].text), _eager_number(part)
     rows = "".join(f"  const auto row{i} = {text};\n" for i, text in enumerate(of_row))
     return _NUMBER.format(kind, rows, part.text), _eager_number(part)
-
-
-def _cap(source: str) -> str | None:
-    """CAP, if the source is CAP * tanh(x / CAP): executors know a soft cap."""
-    match ast.parse(source.strip(), mode="eval").body:
-        case ast.BinOp(
-            left=cap,
-            op=ast.Mult(),
-            right=ast.Call(
-                func=ast.Name(id="tanh"),
-                args=[ast.BinOp(left=ast.Name(id="x"), op=ast.Div(), right=same)],
-            ),
-        ) if ast.dump(cap) == ast.dump(same) and not names_in(cap) & {"x", "kv_pos"}:
-            return ast.unparse(cap)
-    return None
 
 
 _MASK = """template <class A>
@@ -109,8 +91,6 @@ _NUMBER = """template <class A>
 FI_HD static auto {}(const A& a, const Row& r) {{
 {}  return [=](auto x, Position kv_pos) -> float {{ return {}; }};
 }}"""
-_CAP = """template <class A>
-FI_HD static Capped logits(const A& a, const Row& r) {{ return Capped({}); }}"""
 
 _VECTOR = """template <class A, class X>
 FI_HD static auto {{}}(const A& a, X x, const {}) {{{{

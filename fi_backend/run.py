@@ -29,7 +29,8 @@ class _Runner:
     profile: bool
     call: Any
     executors: dict[tuple[Variant, torch.dtype], jit.Executor]
-    unchecked: dict[tuple[Variant, torch.dtype], jit.Executor]  # with debug: what graphs capture
+    unchecked: dict[tuple[Variant, torch.dtype], jit.Executor]  # with debug, on a GPU: what graphs capture
+    never_ran: set[tuple[Variant, torch.dtype]]  # of those
 
 
 def make_runner(planner: Planner, profile: bool = False) -> _Runner:
@@ -43,7 +44,7 @@ def make_runner(planner: Planner, profile: bool = False) -> _Runner:
             f"expected tiles of {compiled} (q_wide, q_narrow, kv, room of the compiled executor), got {found}"
         )
     gpu = planner.device.index if planner.device.type == "cuda" else None
-    runner = _Runner(arch, gpu, planner.head_dim_qk**-0.5, env.debug(), profile, core.run, {}, {})
+    runner = _Runner(arch, gpu, planner.head_dim_qk**-0.5, env.debug(), profile, core.run, {}, {}, set())
     planner.__dict__["_runner"] = runner
     return runner
 
@@ -108,7 +109,9 @@ def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtyp
     flags = planner.batch_invariant, runner.profile, planner.skip is not None, planner.finder is not None
     spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, *flags)
     if runner.debug and variant.tensors:
-        runner.unchecked[variant, dtype] = jit.executor(spec)
+        if runner.gpu is not None:
+            runner.unchecked[variant, dtype] = jit.executor(spec)
+            runner.never_ran.add((variant, dtype))
         spec = replace(spec, debug=True)
     found = runner.executors[variant, dtype] = jit.executor(spec)
     return found
@@ -193,13 +196,16 @@ def run(
     if storage is None:
         storage = bind(plan)
     if runner.debug and variant.tensors:
+        key = variant, q.dtype
         if not debug.capturing(q):
             checked = debug.Arguments(variant, args, variant_args, planner.device)
             call = (q, kv.k, kv.v, out, lse, scale, checked.address)
             runner.call(storage, executor.attention, executor.error, *call)
             checked.check()
-        # also where nothing is captured: a kernel that a graph captures must have run before
-        executor = runner.unchecked[variant, q.dtype]
+            if key not in runner.never_ran:
+                return out
+            runner.never_ran.remove(key)  # a kernel that a graph captures must have run before
+        executor = runner.unchecked[key]
     runner.call(storage, executor.attention, executor.error, q, kv.k, kv.v, out, lse, scale, args)
     return out
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import builds, engine_process, goals, open_loop, peers, report, serve, turns
+from benchmarks import builds, engine_process, goals, open_loop, peers, report, serve, streaming, turns
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
 from benchmarks.implementations import Unsupported, fi
@@ -43,6 +43,8 @@ def test_lengths() -> None:
 def test_every_case_fits_one_card() -> None:
     """Caches, queries and outputs; the flushed buffer and workspaces come on top."""
     assert max(c.bytes for c in CASES) < 40e9
+    model = 2 * streaming.LAYERS * 5120 * (4 * 5120 + 3 * 13824)
+    assert model + 1.5 * max(c.bytes for c in of_suite("streaming")) < 40e9  # rotated keys as well
     shapes = {(c.head_dim, c.q_heads // c.kv_heads) for c in of_suite("shapes")}
     assert shapes == {(64, 4), (96, 4), (192, 4), (256, 4), (128, 1), (128, 8), (128, 16)}
 
@@ -75,9 +77,15 @@ def test_measure_and_report(tmp_path: Path) -> None:
     assert "| 0.50 |" in text
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- kernel figures: begin -->\nold\n<!-- kernel figures: end -->\nafter\n")
-    report.replace_block(page, result)
+    report.replace_blocks(page, result)
+    filled = f"before\n<!-- kernel figures: begin -->\n{text}\n<!-- kernel figures: end -->\nafter\n"
+    assert page.read_text() == filled
+    page.write_text(f"{filled}<!-- rope figures: begin -->\n<!-- rope figures: end -->\n")
+    rope = [row | {"suite": "rope"} for row in rows]
+    report.replace_blocks(page, {"meta": META, "rows": [*rows, *rope]})
+    of_rope = report.markdown({"meta": META, "rows": rope})
     assert page.read_text() == (
-        f"before\n<!-- kernel figures: begin -->\n{text}\n<!-- kernel figures: end -->\nafter\n"
+        f"{filled}<!-- rope figures: begin -->\n{of_rope}\n<!-- rope figures: end -->\n"
     )
     serving = [
         {"suite": "serve", "impl": "FLASH_ATTN", "case": "start-up, warm", "seconds": 20.0},
@@ -93,7 +101,17 @@ def test_measure_and_report(tmp_path: Path) -> None:
     assert "| case | ours, s | ours, page64, s | fa3, s | ours / fa3 |" in text
     assert "| a case | 2.00 | 1.00 | 4.00 | 0.50 |" in text
     with pytest.raises(ValueError, match="serving figures: begin"):
-        report.replace_block(page, {"meta": META, "rows": serving})
+        report.replace_blocks(page, {"meta": META, "rows": serving})
+
+
+def test_pages_kept_beside_the_time_they_take() -> None:
+    rows = [
+        {"suite": "sparse", "impl": "fi", "case": f"{case}-{percent}", "us": us}
+        for case, percent, us in (("a", 100, 40.0), ("a", 10, 5.0), ("b", 100, 9.0))
+    ]
+    text = report.markdown({"meta": META, "rows": rows})
+    assert "| case | ours, us | of all pages' time |" in text
+    assert "| a-10 | 5.0 | 0.125 |" in text
 
 
 def test_a_shared_prefix() -> None:
@@ -109,6 +127,29 @@ def test_a_shared_prefix() -> None:
     assert peers.PEERS.keys() >= {"vllm_fa3_cascade", "flashinfer_cascade"}
     with pytest.raises(Unsupported, match="no prefix"):
         peers.PEERS["vllm_fa3_cascade"](make(SMALL, torch.device("cpu")))
+
+
+def test_a_token_of_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last layer's attention, of keys that the step wrote, whoever rotates them."""
+    monkeypatch.setattr(streaming, "LAYERS", 2)
+    monkeypatch.setattr(streaming, "VOCABULARY", 64)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    case = replace(of_suite("streaming")[0], q_lens=(1,) * 3, kv_lens=(40, 64, 90))
+    case = replace(case, q_heads=4, kv_heads=4, head_dim=64)
+    for name in ("fi", "separate"):
+        row = measure(case, name, torch.device("cpu"))
+        assert row["layers"] == 2 and row["rel_err"] < 1e-2
+    data = make(case, torch.device("cpu"))
+    before = data.k.clone()
+    out = streaming.decode_step(data, fi)()
+    written = (data.k != before).any(-1).any(-1).nonzero().tolist()
+    assert sorted(written) == sorted(
+        [int(data.block_table[r, n // 16]), n % 16] for r, n in enumerate((39, 63, 89))
+    )
+    data.k = before
+    assert relative_error(data, out) > 0.05
+    with pytest.raises(Unsupported, match="decodes with rotation"):
+        measure(replace(case, variant="CAUSAL"), "separate", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("case", [c for c in of_suite("variants") if "4x8192" in c.id], ids=lambda c: c.id)
@@ -251,7 +292,7 @@ def test_latencies_of_an_open_loop() -> None:
     assert "| 1 requests/s | ours | 499.5 | 989.0 | 7.5 | 7.5 | 10.0 | 10.0 | 1.0 |" in report.markdown(
         result
     )
-    assert report.mark(result) == "open loop"
+    assert list(report.blocks(result, "<!-- open loop figures: begin -->")) == ["open loop"]
 
 
 def test_requests_arrive_on_time_whatever_is_being_served() -> None:
@@ -274,11 +315,22 @@ def test_requests_arrive_on_time_whatever_is_being_served() -> None:
     assert all(s.times[0] - s.arrival > 0.19 for s in served)
 
 
-def test_open_loop_needs_vllm() -> None:
-    command = [sys.executable, "-m", "benchmarks", "serve", "--engine", "sglang", "--open-loop"]
+@pytest.mark.parametrize("option", ["--open-loop", "--minimal"])
+def test_options_of_vllm(option: str) -> None:
+    command = [sys.executable, "-m", "benchmarks", "serve", "--engine", "sglang", option]
     done = subprocess.run(command, cwd=engine_process.ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "expected --engine vllm with --open-loop, got sglang" in done.stderr
+    assert f"expected --engine vllm with {option}, got sglang" in done.stderr
+
+
+def test_decode_rates_beside_the_example() -> None:
+    rows = [
+        {"suite": "decode rate", "case": "a case", "impl": impl, "tokens_s": rate, "step_ms": 64e3 / rate}
+        for impl, rate in (("minimal engine", 32000.0), ("FLASH_ATTN", 16000.0), ("CUSTOM", 20000.0))
+    ]
+    text = report.markdown({"meta": META | {"vllm": "0.26.0"}, "rows": rows})
+    assert "| a case | FLASH_ATTN | 16000 | 4.000 | 2.00 |" in text
+    assert "| a case | vLLM, ours | 20000 | 3.200 | 1.60 |" in text
 
 
 def test_peers() -> None:

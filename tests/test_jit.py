@@ -246,6 +246,21 @@ def test_warmup(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert "cpu attention f16 8x8 CAUSAL+WARM" in capsys.readouterr().out
 
 
+def test_warmup_for_plans_that_skip(cache: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"head_dim": 8}))
+    monkeypatch.setattr(jit, "_core_library", lambda: jit.library(SPEC))  # core takes ten seconds
+    command = ["warmup", "--model", str(tmp_path), "--device", "cpu", "--skip"]
+    assert main([*command, "CAUSAL"]) == 0
+    assert "cpu attention f16 8x8 CAUSAL tile list\n" in capsys.readouterr().out
+    assert (
+        len(list(cache.glob("cpu-f16-8x8-causal-listed-*")))
+        == len(list(cache.glob("cpu-tiles-causal-*")))
+        == 1
+    )
+    assert main([*command, "CAUSAL+WINDOW"]) == 2
+    assert "expected --skip of what a layer has all of, CAUSAL, got CAUSAL+WINDOW" in capsys.readouterr().err
+
+
 def test_warmup_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["warmup", "--model", str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +131,31 @@ def test_refuses(folder: Path, length: int, max_tokens: int) -> None:
     with pytest.raises(ValueError, match=f"at most 384 tokens, got {length} and {max_tokens}"):
         engine.add([5] * length, max_tokens)
     assert engine.step() == []
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(300)
+def test_rate_beside_vllm(folder: Path, tmp_path: Path) -> None:
+    """Both engines serve the batch, and the table has both. A CPU's figures mean nothing."""
+    pytest.importorskip("vllm")
+    words = "--backends CUSTOM --mode 0 --batch 4 --prompt 20 --tokens 6 --repeat 1 --minutes 4".split()
+    command = [sys.executable, "-m", "benchmarks", "serve", "--engine", "vllm", "--minimal", *words]
+    environment = {
+        "FI_BACKEND_CPU": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    out = tmp_path / "rates.json"
+    command += ["--model", str(folder), "--out", str(out)]
+    done = subprocess.run(
+        command, cwd=EXAMPLES.parent, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {row["impl"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows.keys() == {"minimal engine", "CUSTOM"}, done.stderr
+    for row in rows.values():
+        assert row["case"] == "4 x 20 in, 6 out"
+        assert row["tokens_s"] == pytest.approx(4000 / row["step_ms"], rel=0.01)
 
 
 def test_command(folder: Path) -> None:

@@ -98,8 +98,6 @@ def check(
     planner.__dict__["_runner"] = runner = make_runner(checks.planner_for(inputs))
     spec = jit.Spec(90, "bf16", *dims, inputs.variant, tile_list=skip, levels=levels, debug=runner.debug)
     runner.executors[inputs.variant, inputs.q.dtype] = build(spec, changes or {})
-    if spec.debug:
-        runner.unchecked[inputs.variant, inputs.q.dtype] = build(replace(spec, debug=False), changes or {})
     batch = Composable(inputs.batch) if levels else inputs.batch
     plan = planner.plan(batch, **(inputs.variant_args if skip else {}))
     if skip:

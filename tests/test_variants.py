@@ -12,12 +12,22 @@ from typing import Any
 import checks
 import pytest
 import torch
-from defined import ARGS, ARGS_CHECKED, CHECKED, PREFIX, ROOT_OF_DISTANCE, SHARES, STRIPES, inputs_of
+from defined import (
+    ARGS,
+    ARGS_CHECKED,
+    CHECKED,
+    DOCUMENTS,
+    PREFIX,
+    ROOT_OF_DISTANCE,
+    SHARES,
+    STRIPES,
+    inputs_of,
+)
 
 import fi_backend
-from fi_backend import check, eager, jit, variants
+from fi_backend import Planner, check, eager, jit, variants
 from fi_backend.expressions import Name, translate
-from fi_backend.variants import Argument, define, parse
+from fi_backend.variants import ALIBI, CAUSAL, Argument, define, parse
 
 
 @pytest.mark.parametrize("name", ARGS)
@@ -151,6 +161,24 @@ def test_check(name: str) -> None:
     assert 0 < check(parse(name), cases=3, device="cpu", **ARGS[name]) < 1e-5
 
 
+def test_check_of_plans_that_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = torch.tensor([100, 64, 1, 90, 7], dtype=torch.int32)
+    given: dict[str, Any] = {"skip": DOCUMENTS, "cases": 3, "device": "cpu", "document": document}
+    variant = CAUSAL + ALIBI + DOCUMENTS
+    assert 0 < check(variant, alibi_slopes=torch.rand(4), **given) < 1e-5
+    with pytest.raises(ValueError, match="expected a variant with all of DOCUMENTS"):
+        check(CAUSAL, **given)
+    list_tiles = Planner.list_tiles
+
+    def a_tile_less(planner: Planner, *rest: Any) -> None:
+        list_tiles(planner, *rest)
+        planner.list_counts.clamp_(max=1)
+
+    monkeypatch.setattr(Planner, "list_tiles", a_tile_less)
+    with pytest.raises(AssertionError, match=r"variant DOCUMENTS, .*: out: expected"):
+        check(DOCUMENTS, **given)
+
+
 def test_check_names_the_first_difference() -> None:
     wrong = define(
         "WRONG",
@@ -269,7 +297,11 @@ def test_an_index_out_of_range_is_named(device: str, name: str, monkeypatch: pyt
     message = f"variant {re.escape(name)}: expected indices of 0 to 2 into table of length 3, got 3"
     with pytest.raises(IndexError, match=message):
         checks.run_inputs(plan, inputs, table=table[:3])
+    runner, ran = plan.planner.__dict__["_runner"], []
+    call = runner.call
+    runner.call = lambda storage, kernel, *rest: (ran.append(kernel), call(storage, kernel, *rest))
     checks.compare(inputs, *checks.run_inputs(plan, inputs))  # it does not stick
+    assert ran == [runner.executors[inputs.variant, inputs.q.dtype].attention]
     if device == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

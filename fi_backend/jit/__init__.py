@@ -443,8 +443,13 @@ def smxx(arch: int) -> Smxx:
     return Smxx(*_addresses(_smxx_library(arch), *symbols))
 
 
-def needed(specs: Iterable[Spec]) -> list[Library]:
-    """Everything these specs load at run time: core, smxx of their GPUs, the executors."""
+def needed(specs: Iterable[Spec], skip: Variant | None = None) -> list[Library]:
+    """Everything these specs load at run time: core, smxx of their GPUs, the executors.
+
+    skip: what planners skip by; then its tile listers too.
+    """
     specs = list(dict.fromkeys(specs))
-    arches = sorted({s.arch for s in specs} - {CPU})
-    return [_core_library(), *(_smxx_library(a) for a in arches), *(library(s) for s in specs)]
+    arches = sorted({s.arch for s in specs})
+    listers = [] if skip is None else [tile_lister_library(a, skip) for a in arches]
+    planners = [_smxx_library(a) for a in arches if a != CPU]
+    return [_core_library(), *planners, *listers, *(library(s) for s in specs)]

@@ -141,6 +141,7 @@ def _add_warmup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=list(jit.DTYPES.values()), help="default: the model's own")
     parser.add_argument("--batch-invariant", action="store_true", help="for Planner(batch_invariant=True)")
+    parser.add_argument("--skip", metavar="VARIANT", help="for Planner(skip=VARIANT), of layers that have it")
     parser.add_argument("--jobs", type=int, help="compilers at once, default one per CPU")
     parser.set_defaults(run=_warmup)
 
@@ -151,10 +152,16 @@ def _warmup(args: argparse.Namespace) -> int:
     found = models.specs(json.loads(config.read_text()), jit.arch_of(device), args.dtype)
     own, _ = own_variant()
     specs = [replace(s, variant=s.variant + own, batch_invariant=args.batch_invariant) for s in found]
+    skip = parse(args.skip) if args.skip else None
+    if skip is not None:
+        specs = [replace(s, tile_list=skip in s.variant) for s in specs]
+        if not any(s.tile_list for s in specs):
+            names = " or ".join(str(s.variant) for s in specs)
+            raise ValueError(f"expected --skip of what a layer has all of, {names}, got {skip}")
     for spec in specs:
         print(spec)
     start = time.perf_counter()
-    jit.build_all(jit.needed(specs), args.jobs)
+    jit.build_all(jit.needed(specs, skip), args.jobs)
     toolchain.log().info("ready in %.1f s: %s", time.perf_counter() - start, env.cache_dir())
     return 0
 
