@@ -64,8 +64,10 @@ struct QueryProducer {
           if (lane == 0) load_boxes(task, smem.q(n), smem.q_full(n));
         } else if (kLevels && !Variant::kHasQuery && params.token_boxes && task.scattered()) {
           load_tokens(task, smem.q(n), smem.q_full(n));
+        } else if (kLevels && task.scattered()) {
+          load_rows(task, smem.q(n), [&](int packed) { return task.query_token(p, packed); });
         } else {
-          load_rows(task, smem.q(n));
+          load_rows(task, smem.q(n), [&](int packed) { return task.q_first + task.token_of(p, packed); });
         }
       }
       if constexpr (Variant::kHasQuery) {
@@ -105,7 +107,8 @@ struct QueryProducer {
 
   // Rows past the end repeat the last one. Of a narrow tile those that exist, to the next 16: nobody looks at
   // the others' results.
-  __device__ __forceinline__ void load_rows(const Task& task, uint32_t dst) const {
+  template <class TokenOf>
+  __device__ __forceinline__ void load_rows(const Task& task, uint32_t dst, TokenOf token_of) const {
     constexpr int kChunks = kDimQk / 8;
     const Element* q = static_cast<const Element*>(p.q);
     int rows = rows_of(task);
@@ -113,8 +116,7 @@ struct QueryProducer {
     for (int index = lane; index < rows * kChunks; index += 32) {
       int row = index / kChunks, chunk = index % kChunks;
       int packed = min(task.begin + row, task.end - 1);
-      const Element* src =
-          q + task.query_token(p, packed) * p.q_token + task.head_of(p, packed) * p.q_head + chunk * 8;
+      const Element* src = q + token_of(packed) * p.q_token + task.head_of(p, packed) * p.q_head + chunk * 8;
       copy_async_16(dst + chunk_offset<kTileQ>(row, chunk), src, true);
     }
   }

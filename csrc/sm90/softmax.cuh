@@ -74,7 +74,10 @@ struct RowState {
   }
 
   __device__ __forceinline__ int packed(int i) const { return task->begin + first_row + 8 * i; }
-  __device__ __forceinline__ Row row(int i) const { return task->row(p, packed(i)); }
+  // Rows of a prefix are not asked for where all see all of it.
+  __device__ __forceinline__ Row row(int i) const {
+    return Variant::kWholePast ? task->own_row(p, packed(i)) : task->row(p, packed(i));
+  }
 
   // Scores into weights. token: the first of the scores, in the request. halfway(x) comes between the
   // exponentials, those before it being needed for x. Whether the base of a row of the warp has moved: then

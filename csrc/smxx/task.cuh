@@ -156,6 +156,11 @@ struct Task : KvTiles<kTileList>, QueryTokens<kLevels> {
   __device__ __forceinline__ Row row(const AttentionParams& p, int packed) const {
     packed = min(packed, end - 1);
     if (scattered()) return row_at(p, q_first + token_of(p, packed), head_of(p, packed));
+    return own_row(p, packed);
+  }
+  // Of a request's own keys.
+  __device__ __forceinline__ Row own_row(const AttentionParams& p, int packed) const {
+    packed = min(packed, end - 1);
     return {request, head_of(p, packed), q_pos + token_of(p, packed),
             kv_len,  kv_len - q_pos,     q_first + token_of(p, packed)};
   }
