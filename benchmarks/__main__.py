@@ -12,12 +12,16 @@ def serve(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks serve", add_help=False, allow_abbrev=False)
     parser.add_argument("--engine", choices=("vllm", "sglang"), required=True)
     parser.add_argument("--open-loop", action="store_true", help="latencies under load, in vLLM")
+    parser.add_argument("--shared-prefixes", action="store_true", help="prompts that begin alike, in vLLM")
     chosen, rest = parser.parse_known_args(arguments)
-    if chosen.open_loop and chosen.engine != "vllm":
-        parser.error(f"expected --engine vllm with --open-loop, got {chosen.engine}")
+    names = [name for name in ("open_loop", "shared_prefixes") if getattr(chosen, name)]
+    if names and chosen.engine != "vllm":
+        flag = names[0].replace("_", "-")
+        parser.error(f"expected --engine vllm with --{flag}, got {chosen.engine}")
+    if len(names) > 1:
+        parser.error("expected --open-loop or --shared-prefixes, got both")
     # an engine's start-up is timed: torch and the kernel suites are not imported before it
-    name = "open_loop" if chosen.open_loop else chosen.engine
-    import_module(f".serve_{name}", __package__).main(rest)
+    import_module(f".serve_{(names or [chosen.engine])[0]}", __package__).main(rest)
 
 
 def main() -> None:

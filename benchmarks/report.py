@@ -18,10 +18,11 @@ def mark(result: Result) -> str:
         return "variant"
     if suites == {"rope"}:
         return "rope"
-    if not suites & {"serve", "open loop"}:
+    if not suites & {"serve", "open loop", "shared prefixes"}:
         return "kernel"
-    if "open loop" in suites:
-        return "open loop"
+    for suite in ("open loop", "shared prefixes"):
+        if suite in suites:
+            return suite
     return "sglang serving" if "sglang" in result["meta"] else "serving"
 
 

@@ -116,8 +116,8 @@ def share(
     """A planner of these options (Planner's) for a group of layers, whose kernels are loaded then.
 
     Groups of equal key and options share it, and all share the workspace, unless they are overlapping: their
-    steps run beside those of other groups. With shared prefixes (sharing) plans depend on page tables: a group
-    has a planner of its own. A name that is already served by a planner has a second group for another
+    steps run beside those of other groups. With shared prefixes (sharing) a plan depends on page tables, so a
+    group has a planner of its own. A name that is already served by a planner has a second group for another
     purpose (micro-batches, a draft loop): that one must not write into the same buffers. The oldest that fits
     is taken, so the first micro-batch of one group never shares with the second of another.
     """
