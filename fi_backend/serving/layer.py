@@ -100,7 +100,8 @@ class AttentionLayer:
         self.dtype = dtype
         dims = head_dim, self.head_dim_vo
         self._spec = jit.Spec(jit.arch_of(device), jit.DTYPES[dtype], *dims, self.variant, **spec)
-        self.build(levels=sharing is not None and sharing.levels(self.shape._asdict()) > 1)
+        for levels in {False} if sharing is None else sharing.kinds({**self.shape._asdict(), **spec}):
+            self.build(levels=levels)
 
     def build(self, *, levels: bool) -> None:
         """Begins to build what plans with or without levels run, unless that has begun."""

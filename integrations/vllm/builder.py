@@ -106,7 +106,7 @@ def sharing_of(config: Any) -> Sharing:
     tokens = 1 + (speculative.num_speculative_tokens or 0 if speculative else 0)
     never = {"the engine's prefix caching is off": not config.cache_config.enable_prefix_caching}
     requests, longest = _capacity(config)["max_requests"], config.model_config.max_model_len
-    return Sharing(requests, tokens, longest, never, own)
+    return Sharing((requests,), tokens, longest, never, own)
 
 
 def _capacity(config: Any) -> dict[str, int]:
