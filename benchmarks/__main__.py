@@ -15,6 +15,8 @@ def serve(arguments: list[str]) -> None:
     add = other.add_argument
     add("--open-loop", dest="name", action="store_const", const="open_loop", help="latencies under load")
     add("--minimal", dest="name", action="store_const", const="minimal", help="beside the example engine")
+    shared = "prompts that begin alike"
+    add("--shared-prefixes", dest="name", action="store_const", const="shared_prefixes", help=shared)
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.name and chosen.engine != "vllm":
         option = chosen.name.replace("_", "-")

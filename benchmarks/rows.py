@@ -26,7 +26,7 @@ def times(suite: str, rows: list[Row]) -> Times:
     """What is compared: seconds or latencies of whole engines, microseconds of kernels."""
     if suite == "serve":
         return serving_seconds(rows)
-    if suite == "open loop":
+    if suite in ("open loop", "shared prefixes"):
         good = grouped([row for row in rows if "failed" not in row], "case")
         return {
             f"{case}: {name}": {row["impl"]: row[key] for row in of_case}

@@ -30,44 +30,52 @@ def child(args: argparse.Namespace) -> None:
 
 async def _serve(args: argparse.Namespace) -> None:
     """One engine, all rates."""
-    from vllm import SamplingParams
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
-
     turns.wait_for_turn(args.gate)
-    options = AsyncEngineArgs(**engine_options(args.model, args.child), disable_log_stats=True)
-    # steps as long as those of `vllm serve`
-    engine = AsyncLLM.from_engine_args(options, usage_context=UsageContext.OPENAI_API_SERVER)
+    engine = start_engine(engine_options(args.model, args.child))
 
-    def sender(requests: Requests, name: str) -> Send:
-        ids = prompts(requests, 0)
-
-        async def send(number: int) -> AsyncIterator[int]:
-            sampling = SamplingParams(
-                temperature=0,
-                max_tokens=requests[number][1],
-                ignore_eos=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
-            )
-            prompt: Any = {"prompt_token_ids": ids[number]}
-            async for output in engine.generate(prompt, sampling, f"{name}-{number}"):
-                yield len(output.outputs[0].token_ids)
-
-        return send
+    def send(requests: Requests, name: str) -> Send:
+        return sender(engine, prompts(requests, 0), [n for _, n in requests], name)
 
     # first use of the sampler's and the runner's own kernels
-    await drive(sender([(300, 8)] * 32, "warm"), [0.0] * 32)
+    await drive(send([(300, 8)] * 32, "warm"), [0.0] * 32)
     for rate in args.rate:
         requests = sharegpt(max(1, round(rate * args.traffic)))
-        served = await drive(sender(requests, f"{rate}"), arrivals(len(requests), rate))
+        served = await drive(send(requests, f"{rate}"), arrivals(len(requests), rate))
         for (_, wanted), found in zip(requests, served, strict=True):
             if found.tokens != wanted:
                 raise RuntimeError(f"expected {wanted} tokens, got {found.tokens}")
         tell(case=f"{rate:g} requests/s", requests=len(requests), **figures(served))
     engine.shutdown()
+
+
+def start_engine(options: dict[str, Any]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    found = AsyncEngineArgs(**options, disable_log_stats=True)
+    # steps as long as those of `vllm serve`
+    return AsyncLLM.from_engine_args(found, usage_context=UsageContext.OPENAI_API_SERVER)
+
+
+def sender(engine: Any, ids: list[list[int]], outputs: list[int], name: str) -> Send:
+    """ids: tokens of every prompt; outputs: how many follow. No two senders of an engine share a name."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    async def send(number: int) -> AsyncIterator[int]:
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=outputs[number],
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        prompt: Any = {"prompt_token_ids": ids[number]}
+        async for output in engine.generate(prompt, sampling, f"{name}-{number}"):
+            yield len(output.outputs[0].token_ids)
+
+    return send
 
 
 def contender(backend: str, args: argparse.Namespace, folder: Path, report: Report) -> turns.Contender:

@@ -43,8 +43,8 @@ def _lines(suite: str, rows: list[Row], card: str) -> Iterator[Cells]:
         return _serving(rows)
     if suite == "jit":
         return _builds(rows)
-    if suite == "open loop":
-        return _open_loop(rows)
+    if suite in ("open loop", "shared prefixes"):
+        return _latencies(rows)
     if suite == "decode rate":
         return _decode_rates(rows)
     return _kernels(rows, goals.CARD in card)
@@ -98,12 +98,14 @@ def _builds(rows: list[Row]) -> Iterator[Cells]:
         }
 
 
-def _open_loop(rows: list[Row]) -> Iterator[Cells]:
+def _latencies(rows: list[Row]) -> Iterator[Cells]:
     for row in rows:
         if "failed" not in row:
             yield {
                 "case": row["case"],
-                "backend": "ours" if row["impl"] in OURS else row["impl"],
+                "backend": row["impl"].replace("CUSTOM", "ours"),
+                "decode, tokens/s": f"{row['decode_tokens_s']:.0f}" if "decode_tokens_s" in row else "",
+                "saved, GB": f"{row['saved_gb']:.1f}" if row.get("saved_gb") else "",
                 **{f"{name}, ms": f"{row[key]:.1f}" for name, key in LATENCIES.items()},
                 "requests/s": f"{row['requests_s']:.1f}",
                 "tokens/s": f"{row['tokens_s']:.0f}",

@@ -28,6 +28,14 @@ def variant() -> str:
     return os.environ.get("FI_VARIANT", "")
 
 
+def prefix() -> str:
+    """FI_PREFIX=auto|off|on: whether planners of engines read keys that requests share once. Default auto."""
+    given = os.environ.get("FI_PREFIX") or "auto"
+    if given not in ("auto", "off", "on"):
+        raise ValueError(f"expected FI_PREFIX=auto, off or on, got {given!r}")
+    return given
+
+
 def cache_dir() -> Path:
     """FI_CACHE_DIR: where compiled libraries are kept. Default ~/.cache/fi_backend."""
     given = os.environ.get("FI_CACHE_DIR")

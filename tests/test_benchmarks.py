@@ -21,6 +21,8 @@ from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
 from benchmarks.implementations import Unsupported, fi
 from benchmarks.measure import PLAN_RUNS, host_us
+from benchmarks.serve_shared_prefixes import CASES as SHARED
+from benchmarks.serve_shared_prefixes import decode_phase
 from benchmarks.suites import measure
 from fi_backend import jit
 
@@ -315,7 +317,7 @@ def test_requests_arrive_on_time_whatever_is_being_served() -> None:
     assert all(s.times[0] - s.arrival > 0.19 for s in served)
 
 
-@pytest.mark.parametrize("option", ["--open-loop", "--minimal"])
+@pytest.mark.parametrize("option", ["--open-loop", "--minimal", "--shared-prefixes"])
 def test_options_of_vllm(option: str) -> None:
     command = [sys.executable, "-m", "benchmarks", "serve", "--engine", "sglang", option]
     done = subprocess.run(command, cwd=engine_process.ROOT, capture_output=True, text=True)
@@ -331,6 +333,28 @@ def test_decode_rates_beside_the_example() -> None:
     text = report.markdown({"meta": META | {"vllm": "0.26.0"}, "rows": rows})
     assert "| a case | FLASH_ATTN | 16000 | 4.000 | 2.00 |" in text
     assert "| a case | vLLM, ours | 20000 | 3.200 | 1.60 |" in text
+
+
+def test_prompts_share_what_a_case_says_and_nothing_else() -> None:
+    begins: set[tuple[int, ...]] = set()
+    for number, case in enumerate(SHARED.values(), 1):
+        ids, wanted = case.requests(1000 * number, divisor=1)
+        assert len(ids) == len(wanted) == len(case.prefixes) * case.each <= serve.MAX_REQUESTS
+        for i, prompt in enumerate(ids):
+            n = case.prefixes[i // case.each]
+            assert len(prompt) == n + case.suffix
+            assert prompt[:n] == ids[i - i % case.each][:n]
+        if case.suffix:
+            assert len({tuple(prompt[-case.suffix :]) for prompt in ids}) == len(ids)
+        # vLLM finds prompts in its cache by blocks of 16
+        new = {tuple(prompt[:16]) for prompt in ids}
+        assert len(new) == len(case.prefixes) and not new & begins
+        begins |= new
+
+
+def test_the_decode_phase_begins_with_the_last_first_token() -> None:
+    outputs = [(0, 1.0, 1), (0, 2.0, 1), (1, 3.0, 1), (0, 4.0, 2), (1, 5.0, 1)]
+    assert decode_phase(outputs) == {"decode_tokens_s": 1.5, "decode_s": 2.0}
 
 
 def test_peers() -> None:

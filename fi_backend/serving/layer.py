@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,6 +17,7 @@ from . import kernels
 from .own_variant import own_variant
 from .refuse import check_layer, refuse
 from .shapes import Shape
+from .sharing import Sharing
 
 
 class AttentionLayer:
@@ -24,8 +26,8 @@ class AttentionLayer:
     window: row q sees keys (q - window, q], without `causal` also those after q. soft_cap: None or 0 is off.
     alibi_slopes: [q_heads] numbers. sinks: [q_heads] of any float dtype, or True to reserve the buffer that
     `load_sinks` fills. tree: rows see what the per-call arguments tree_mask and tree_tokens say. own:
-    FILE.py:NAME of a variant of one's own, which joins all of them, as FI_VARIANT does. More keywords are
-    fields of jit.Spec.
+    FILE.py:NAME of a variant of one's own, which joins all of them, as FI_VARIANT does. sharing: of the
+    planners that it will run with. More keywords are fields of jit.Spec.
     Raises NotImplementedError (refuse) or ValueError for what no executor takes, value and wish named.
     """
 
@@ -46,6 +48,7 @@ class AttentionLayer:
         sinks: bool | torch.Tensor | None = None,
         tree: bool = False,
         own: str = "",
+        sharing: Sharing | None = None,
         **spec: Any,
     ) -> None:
         device = torch.device(device)
@@ -94,9 +97,24 @@ class AttentionLayer:
         if isinstance(sinks, torch.Tensor):
             self.load_sinks(sinks)
         self.variant = fixed + variants.TREE if tree else fixed
-        kernels.start(
-            jit.Spec(jit.arch_of(device), jit.DTYPES[dtype], head_dim, self.head_dim_vo, self.variant, **spec)
-        )
+        self.dtype = dtype
+        dims = head_dim, self.head_dim_vo
+        self._spec = jit.Spec(jit.arch_of(device), jit.DTYPES[dtype], *dims, self.variant, **spec)
+        for levels in {False} if sharing is None else sharing.kinds({**self.shape._asdict(), **spec}):
+            self.build(levels=levels)
+
+    def build(self, *, levels: bool) -> None:
+        """Begins to build what plans with or without levels run, unless that has begun."""
+        kernels.start(replace(self._spec, levels=levels))
+
+    def packed(self, cache: torch.Tensor) -> KVCache:
+        """cache [pages, kv_heads, page_size, 2 * head_dim] of this layer's head_dim."""
+        if cache.dim() != 4 or cache.shape[3] != 2 * self.head_dim:
+            raise ValueError(
+                f"expected a packed KV cache [pages, kv_heads, page_size, {2 * self.head_dim}], "
+                f"got {list(cache.shape)}"
+            )
+        return KVCache.packed(cache)
 
     def load_sinks(self, sinks: torch.Tensor) -> None:
         """Copies sinks [q_heads], of any float dtype and device, into the layer's float32 buffer."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..formats import BlockSparse
+from ..formats import BlockSparse, Composable
 from ..plan import Plan, Planner
+from . import kernels, saved
+from .sharing import Sharing
+
+if TYPE_CHECKING:
+    from .layer import AttentionLayer
 
 _made = 0
 _workspaces: dict[torch.device, torch.Tensor] = {}
@@ -25,6 +30,12 @@ def made() -> None:
 def plans_written() -> int:
     """Plans that adapters of this process have made: 0 if another backend served."""
     return _made
+
+
+def plan(planner: Planner, batch: BlockSparse) -> Plan:
+    """Plans a step; with levels of the planner, over the prefixes that the batch's page table shows."""
+    made()
+    return planner.plan(batch if planner.finder is None else Composable(batch))
 
 
 def workspace(device: torch.device, nbytes: int) -> torch.Tensor:
@@ -58,6 +69,7 @@ class SharedPlanner:
         For engines that make new views of the lengths in every step, so that the same objects mean the same
         step; the sizes are compared too, for one that would keep its views.
         """
+        saved.look()
         last = self._plan
         if (
             last is not None
@@ -69,8 +81,7 @@ class SharedPlanner:
             self._served.add(taker)
             return last.rebind(batch)
         self.step += 1
-        made()
-        self._plan = self.planner.plan(batch)
+        self._plan = plan(self.planner, batch)
         self._sizes = sizes
         self._served = {taker}
         return self._plan
@@ -94,24 +105,39 @@ def planners() -> list[SharedPlanner]:
 
 
 def share(
-    layers: Iterable[str], key: tuple[Any, ...], *, overlapping: bool = False, **options: Any
+    names: Iterable[str],
+    key: tuple[Any, ...],
+    *,
+    overlapping: bool = False,
+    layers: Sequence[AttentionLayer] = (),
+    sharing: Sharing | None = None,
+    **options: Any,
 ) -> SharedPlanner:
-    """A planner of these options (Planner's) for a group of layers.
+    """A planner of these options (Planner's) for a group of layers, whose kernels are loaded then.
 
     Groups of equal key and options share it, and all share the workspace, unless they are overlapping: their
-    steps run beside those of other groups. A layer that is already served by a planner has a second group for
-    another purpose (micro-batches, a draft loop): that one must not write into the same buffers. The oldest
-    that fits is taken, so the first micro-batch of one group never shares with the second of another.
+    steps run beside those of other groups. With shared prefixes (sharing) a plan depends on page tables, so a
+    group has a planner of its own. A name that is already served by a planner has a second group for another
+    purpose (micro-batches, a draft loop): that one must not write into the same buffers. The oldest that fits
+    is taken, so the first micro-batch of one group never shares with the second of another.
     """
-    layers = set(layers)
+    served = set(names)
+    if sharing is not None:
+        options |= sharing.options(options)
+    with_levels = options.get("levels", 1) > 1
     key = (*key, *options.values())
-    if overlapping:
-        key += tuple(sorted(layers))
+    if overlapping or with_levels:
+        key += tuple(sorted(served))
     for shared in planners():
-        if shared.key == key and shared.layers.isdisjoint(layers):
+        if shared.key == key and shared.layers.isdisjoint(served):
             break
     else:
         shared = SharedPlanner(Planner(**options, workspace=None if overlapping else workspace), key)
         _planners[next(_numbers)] = shared
-    shared.layers |= layers
+        if with_levels and layers:
+            saved.watch(shared.planner, len(served), layers[0].dtype.itemsize)
+    shared.layers |= served
+    for layer in layers:
+        layer.build(levels=with_levels)
+    kernels.load()
     return shared

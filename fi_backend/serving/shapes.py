@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..formats import BlockSparse
 from ..plan import Plan, Planner
-from .plans import made, workspace
+from . import kernels, plans, saved
+from .sharing import Sharing
+
+if TYPE_CHECKING:
+    from .layer import AttentionLayer
 
 
 class Shape(NamedTuple):
@@ -26,21 +32,38 @@ class Planners:
     """Planners of one forward at a time, made as they are asked for.
 
     Plans of different shapes or tables of one forward live side by side; the next forward overwrites them.
-    max_kv_len: given, plans are batch invariant up to it. overlapping: forwards run beside those of other
+    batch_invariant: plans are, up to sharing.max_kv_len. overlapping: forwards run beside those of other
     Planners, so the workspace is not shared.
     """
 
-    def __init__(self, device: torch.device, *, max_kv_len: int | None, overlapping: bool) -> None:
-        self._options: dict[str, Any] = {"device": device, "workspace": None if overlapping else workspace}
-        if max_kv_len is not None:
-            self._options |= {"batch_invariant": True, "max_kv_len": max_kv_len}
+    def __init__(
+        self, device: torch.device, sharing: Sharing, *, batch_invariant: bool, overlapping: bool
+    ) -> None:
+        self._options: dict[str, Any] = {
+            "device": device,
+            "workspace": None if overlapping else plans.workspace,
+        }
+        if batch_invariant:
+            self._options |= {"batch_invariant": True, "max_kv_len": sharing.max_kv_len}
+        self._sharing = sharing
+        self._layers: Counter[Shape] = Counter()
+        self._element_bytes = 0
         self._made: dict[tuple[Shape, str], list[Planner]] = {}
         self.at_least = (1, 1)  # requests and tokens that every planner takes, so that graphs share one
 
+    def serve(self, layers: Iterable[AttentionLayer]) -> None:
+        """Layers of the model: their kernels are loaded now. Raises what Sharing.check does."""
+        for layer in layers:
+            self._layers[layer.shape] += 1
+            self._element_bytes = layer.dtype.itemsize
+        for shape in self._layers:
+            self._sharing.check({**shape._asdict(), **self._options})
+        if self._layers:
+            kernels.load()
+
     def plan(self, shape: Shape, table: str, batch: BlockSparse, tokens: int) -> Plan:
         """table: names the batch's lengths, which may differ between layers of equal shape."""
-        made()
-        return self._get((shape, table), batch.num_requests, tokens).plan(batch)
+        return plans.plan(self._get((shape, table), batch.num_requests, tokens), batch)
 
     def _get(self, key: tuple[Shape, str], requests: int, tokens: int) -> Planner:
         known = self._made.setdefault(key, [])
@@ -51,8 +74,10 @@ class Planners:
         options = {**self._options, **key[0]._asdict()}
         options["max_requests"] = _power_of_two(max(requests, self.at_least[0]))
         options["max_tokens"] = _power_of_two(max(tokens, self.at_least[1]))
-        known.append(Planner(**options))
-        return known[-1]
+        planner = Planner(**options, **self._sharing.options(options))
+        saved.watch(planner, self._layers[key[0]], self._element_bytes)
+        known.append(planner)
+        return planner
 
 
 def _power_of_two(n: int) -> int:
@@ -85,6 +110,7 @@ class Forward:
 
     def __init__(self, planners: Planners) -> None:
         self._planners = planners
+        saved.look()
         self.restart()
 
     def restart(self) -> None:

@@ -15,10 +15,10 @@ from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from fi_backend import KVCache
-from fi_backend.serving import kernels
 from fi_backend.serving.layer import Layers
 from fi_backend.serving.refuse import check_unknown
 from fi_backend.serving.shapes import Planners
+from fi_backend.serving.sharing import Sharing
 from fi_backend.serving.tree import words_of_mask
 
 from .limits import check_runner, layer_options
@@ -43,20 +43,20 @@ class FiAttentionBackend(base.AttentionBackend):
         self.page_size = runner.page_size if type(runner.token_to_kv_pool_allocator) in WHOLE_PAGES else 1
         args, table = runner.server_args, self.req_to_token_pool.req_to_token
         invariant = bool(args.enable_deterministic_inference)
-        self.planners = Planners(
-            table.device,
-            max_kv_len=table.shape[1] if invariant else None,
-            overlapping=getattr(args, "enable_pdmux", False),  # prefills run beside decodes
+        sharing = Sharing(
+            requests=(1, self.req_to_token_pool.size),
+            tokens=getattr(args, "speculative_num_draft_tokens", None) or 1,
+            max_kv_len=table.shape[1],
+            never={"the radix cache is off": getattr(args, "disable_radix_cache", False)},
         )
+        overlapping = getattr(args, "enable_pdmux", False)  # prefills run beside decodes
+        self.planners = Planners(table.device, sharing, batch_invariant=invariant, overlapping=overlapping)
         options = {"dtype": runner.dtype, "device": table.device, "batch_invariant": invariant}
-        self._layers = Layers(layer_options, **options)
+        self._layers = Layers(layer_options, sharing=sharing, **options)
         self._draft = draft
         self._graph_tree = torch.empty(0, dtype=torch.int64, device=table.device)
-        if (model := getattr(runner, "model", None)) is not None:
-            for layer in model.modules():
-                if isinstance(layer, RadixAttention):
-                    self._layers.get(layer)
-            kernels.load()
+        modules = getattr(runner, "model", torch.nn.Module()).modules()
+        self.planners.serve(self._layers.get(m) for m in modules if isinstance(m, RadixAttention))
 
     def shared_read_ends(self, mode: Any) -> Any:
         """From SGLang 0.5.19 on: the engine's tables are read in place until the last layer."""

@@ -1,8 +1,8 @@
 """Once per step and cache group: engine tables in, one plan out. No device value is read on the host.
 
 Groups whose plans have equal inputs share a planner and its buffers: the first of them plans, the others take
-that plan with their own page table. Captured graphs hold the addresses of those buffers, and every step
-writes its plan into them, on the current stream, before the replay.
+that plan with their own page table, except where prefixes are shared. Captured graphs hold the addresses of
+those buffers, and every step writes its plan into them, on the current stream, before the replay.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from vllm.v1.attention.backend import (
 )
 
 from fi_backend import BlockSparse, Plan
-from fi_backend.serving import kernels, plans
+from fi_backend.serving import plans
+from fi_backend.serving.own_variant import variant_option
+from fi_backend.serving.sharing import Sharing
 
 from .limits import check_engine, check_mask
 
@@ -61,7 +63,6 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
         known = vllm_config.compilation_config.static_forward_context
         layers = [known[name] for name in layer_names if name in known]
         check_engine(vllm_config, kv_cache_spec, layers, batch_invariant=envs.VLLM_BATCH_INVARIANT)
-        kernels.load()
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         sliding = type(kv_cache_spec).__name__ == "SlidingWindowSpec"
         self._shared = plans.share(
@@ -70,6 +71,8 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
             (id(vllm_config), type(self)),
             # vLLM cuts the lengths into micro-batches anew for every group: they cannot be known to be equal
             overlapping=getattr(parallel, "use_ubatching", False),
+            layers=[layer.impl.attention for layer in layers],
+            sharing=sharing_of(vllm_config),
             q_heads=layers[0].num_heads if layers else model.get_num_attention_heads(parallel),
             kv_heads=kv_cache_spec.num_kv_heads,
             head_dim=kv_cache_spec.head_size,
@@ -82,12 +85,7 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
         self._page_size: int = kv_cache_spec.block_size
 
     def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-        *args: Any,
-        **kwargs: Any,
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **kwargs: Any
     ) -> FiMetadata:
         """Device lengths in, plan on the device out: no synchronisation, nothing is allocated per step."""
         common = common_attn_metadata
@@ -101,6 +99,14 @@ class FiMetadataBuilder(AttentionMetadataBuilder[FiMetadata]):
             id(self), batch, common.num_actual_tokens, common.max_query_len, common.max_seq_len
         )
         return FiMetadata(plan, self._shared, common.slot_mapping, common.num_actual_tokens)
+
+
+def sharing_of(config: Any) -> Sharing:
+    speculative, own = config.speculative_config, variant_option(config.additional_config)
+    tokens = 1 + (speculative.num_speculative_tokens or 0 if speculative else 0)
+    never = {"the engine's prefix caching is off": not config.cache_config.enable_prefix_caching}
+    requests, longest = _capacity(config)["max_requests"], config.model_config.max_model_len
+    return Sharing((requests,), tokens, longest, never, own)
 
 
 def _capacity(config: Any) -> dict[str, int]:

@@ -13,7 +13,7 @@ from fi_backend.serving.layer import AttentionLayer
 from fi_backend.serving.own_variant import variant_option
 from fi_backend.serving.refuse import refuse
 
-from .builder import FiMetadata
+from .builder import FiMetadata, sharing_of
 from .limits import check_layer
 
 
@@ -43,7 +43,7 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         check_layer(kv_cache_dtype, attn_type, extra)
-        self._attention = AttentionLayer(
+        self.attention = AttentionLayer(
             q_heads=num_heads,
             kv_heads=self.num_kv_heads,
             head_dim=head_size,
@@ -55,20 +55,13 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
             alibi_slopes=alibi_slopes,
             sinks=sinks,
             own=variant_option(config.additional_config),
+            sharing=sharing_of(config),
         )
         self._sinks = sinks
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         if self._sinks is not None:
-            self._attention.load_sinks(self._sinks)
-
-    def _view(self, cache: torch.Tensor) -> fi_backend.KVCache:
-        if cache.dim() != 4 or cache.shape[3] != 2 * self.head_size:
-            raise ValueError(
-                f"expected a packed KV cache [blocks, kv_heads, block_size, {2 * self.head_size}], "
-                f"got {list(cache.shape)}"
-            )
-        return fi_backend.KVCache.packed(cache)
+            self.attention.load_sinks(self._sinks)
 
     def do_kv_cache_update(
         self,
@@ -81,7 +74,7 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
         **kwargs: Any,
     ) -> None:
         # key may be longer than slot_mapping (graph padding)
-        fi_backend.append(self._attention.kv(self._view, kv_cache), key, value, slot_mapping)
+        fi_backend.append(self.attention.kv(self.attention.packed, kv_cache), key, value, slot_mapping)
 
     def forward(
         self,
@@ -102,5 +95,5 @@ class FiAttentionImpl(AttentionImpl[FiMetadata]):
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
             refuse("quantised output is not supported")
-        kv = self._attention.kv(self._view, kv_cache)
-        return self._attention.run(attn_metadata.plan_for_layer(), query, kv, output)
+        kv = self.attention.kv(self.attention.packed, kv_cache)
+        return self.attention.run(attn_metadata.plan_for_layer(), query, kv, output)

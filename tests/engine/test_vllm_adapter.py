@@ -38,14 +38,28 @@ BAD_LAYERS = [
 ]
 
 
+def capacities(prefix_caching: bool = False, requests: int = 8) -> dict[str, Any]:
+    """Parts of a configuration that sizes are read from."""
+    scheduler = SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=64)
+    compilation = SimpleNamespace(static_forward_context={}, max_cudagraph_capture_size=None)
+    return {
+        "model_config": SimpleNamespace(max_model_len=2048),
+        "cache_config": SimpleNamespace(enable_prefix_caching=prefix_caching),
+        "scheduler_config": scheduler,
+        "compilation_config": compilation,
+        "speculative_config": None,
+    }
+
+
 @pytest.fixture
 def in_engine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A layer can be made as vLLM makes it; no kernel is built. The engine's configuration."""
     engine = SimpleNamespace(
         device_config=SimpleNamespace(device="cpu"),
-        model_config=SimpleNamespace(dtype=torch.float32),
         additional_config={"others": 1},
+        **capacities(),
     )
+    engine.model_config.dtype = torch.float32
     monkeypatch.setattr(impl, "get_current_vllm_config", lambda: engine)
     monkeypatch.setattr(kernels, "start", lambda _: None)
     return engine
@@ -100,7 +114,7 @@ def test_sinks_are_read_when_the_weights_have_come() -> None:
     layer = impl.FiAttentionImpl(**LAYER, sinks=sinks)
     sinks.copy_(torch.arange(4))
     layer.process_weights_after_loading(torch.bfloat16)
-    assert layer._attention._args["sinks"].tolist() == [0, 1, 2, 3]
+    assert layer.attention._args["sinks"].tolist() == [0, 1, 2, 3]
 
 
 class FullAttentionSpec(SimpleNamespace):
@@ -248,16 +262,27 @@ def test_micro_batches_of_two_groups_do_not_share_across() -> None:
     assert made[0] == made[1]
 
 
-@pytest.mark.parametrize("micro_batches", [False, True])
-def test_groups_with_micro_batches_do_not_share(micro_batches: bool) -> None:
-    engine = config(parallel__use_ubatching=micro_batches, model__get_num_attention_heads=lambda parallel: 4)
-    engine.compilation_config = SimpleNamespace(static_forward_context={}, max_cudagraph_capture_size=None)
-    engine.scheduler_config = SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64)
-    engine.speculative_config = None
+def builders(engine: Any) -> tuple[builder.FiMetadataBuilder, builder.FiMetadataBuilder]:
     cache = spec(num_kv_heads=2, block_size=16)
-    a, b = (
+    first, second = (
         builder.FiMetadataBuilder(cache, [name], engine, torch.device("cpu")) for name in ("first", "second")
     )
+    return first, second
+
+
+def engine_config(micro_batches: bool = False, **capacity: Any) -> Any:
+    engine = config(parallel__use_ubatching=micro_batches)
+    for name, part in capacities(**capacity).items():
+        vars(engine).setdefault(name, SimpleNamespace())
+        getattr(engine, name).__dict__.update(vars(part)) if part else setattr(engine, name, None)
+    engine.model_config.get_num_attention_heads = lambda parallel: 4
+    engine.additional_config = {}
+    return engine
+
+
+@pytest.mark.parametrize("micro_batches", [False, True])
+def test_groups_with_micro_batches_do_not_share(micro_batches: bool) -> None:
+    a, b = builders(engine_config(micro_batches))
     assert (a._shared is b._shared) == (not micro_batches)
     workspaces = {x._shared.planner.partial_o.data_ptr() for x in (a, b)}
     assert len(workspaces) == (2 if micro_batches else 1)
