@@ -260,7 +260,6 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     prefetch_map(&params.k);
     prefetch_map(&params.v);
     prefetch_map(&params.q);
-    if (kLevels) prefetch_map(&params.q_token);
   }
   if (threadIdx.x / 32 == 1) QueryProducer(params, smem).prefetch_plan();
   __syncthreads();

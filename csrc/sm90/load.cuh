@@ -29,10 +29,6 @@ struct QueryProducer {
     int first = lane * kEntries;
     if (first <= p.batch.num_requests) prefetch(p.batch.qo_indptr + first);
     if (first < p.batch.num_requests) prefetch(p.batch.kv_len + first);
-    if constexpr (kLevels) {  // capacities are not known here, but that there is one for each request
-      if (lane * 4 < p.batch.num_requests) prefetch(p.prefixes + lane * 4);
-      if (lane * 16 < p.batch.num_requests) prefetch(p.places + lane * 16);
-    }
   }
 
   __device__ __forceinline__ void run() const {

@@ -20,8 +20,8 @@ struct Params {
   int32_t q_boxes;     // 1: wide tiles of queries come by TMA
   int32_t page_shift;  // log2 of the page size, -1: it is not a power of two
   Steps k_steps, v_steps;
-  CUtensorMap q_token;  // composable formats: as q; box: one token's heads
-  int32_t token_boxes;  // 1: queries of prefixes come by TMA, token by token
+  int32_t token_boxes;  // composable formats, 1: queries of prefixes come by TMA, token by token
+  CUtensorMap q_token;  // likewise: as q; box: one token's heads
 };
 
 static_assert(offsetof(Params, k) == 384, "kernels find what follows by its offset");
