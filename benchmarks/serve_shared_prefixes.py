@@ -66,10 +66,10 @@ CASES = {
 
 
 def saved_bytes(worker: Any) -> int:
-    """Runs in the worker, and waits for it: what shared prefixes have saved; 0 for another backend."""
-    from fi_backend.serving.saved import watched
+    """Runs in the worker: what shared prefixes have saved; 0 for another backend."""
+    from fi_backend.serving import saved
 
-    return sum(int(finder.saved_in_all) * token_bytes for finder, token_bytes in watched())
+    return saved.total()
 
 
 def decode_phase(outputs: list[tuple[int, float, int]]) -> dict[str, float]:

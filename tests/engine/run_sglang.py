@@ -2,9 +2,10 @@
 
 Input (stdin): [{"name", "model", "engine": {}, "rounds": [{"prompts": [ids, ...], "n": answers of each}],
 "max_tokens", "layer"}]. Each round is one batch on the same engine. "layer" overrides attributes of the
-model's attention layers: the negative controls. Output: {name: {"tokens": [round][answer][token], "cached":
-prompt tokens found in the radix tree, "plans": how many our backend made, "mixed": steps that held both
-prefills and decodes, "seconds"}}.
+model's attention layers: the negative controls. Optional: "prefix", a value of FI_PREFIX; "gaps": true.
+Output: {name: {"tokens": [round][answer][token], "gaps": of the best two log-probabilities, alike, "cached":
+prompt tokens found in the radix tree, "plans": how many our backend made, "saved": bytes that shared prefixes
+saved, "mixed": steps that held both prefills and decodes, "seconds"}}.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def run_scheduler(*args: Any, **kwargs: Any) -> None:
     from sglang.srt.managers.scheduler import Scheduler
 
     from fi_backend.launch import sglang
+    from fi_backend.serving import saved
 
     counts = {"mixed": 0}
     run_batch, get_state = Scheduler.run_batch, Scheduler.get_internal_state
@@ -48,7 +50,7 @@ def run_scheduler(*args: Any, **kwargs: Any) -> None:
 
     def state(self: Any, request: Any) -> Any:
         reply = get_state(self, request)
-        reply.internal_state |= counts
+        reply.internal_state |= {**counts, "saved": saved.total()}
         return reply
 
     Scheduler.run_batch, Scheduler.get_internal_state = counted, state
@@ -81,8 +83,10 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
 
     start = time.monotonic()
     os.environ[LAYER] = json.dumps(job.get("layer", {}))
+    os.environ["FI_PREFIX"] = job.get("prefix", "auto")
     engine = Counting(model_path=job["model"], **{**ENGINE, **job["engine"]})
-    rounds, cached = [], 0
+    wanted = {"return_logprob": True, "top_logprobs_num": 2} if job.get("gaps") else {}
+    rounds, margins, cached = [], [], 0
     for batch in job["rounds"]:
         sampling = {
             "temperature": 0,
@@ -90,15 +94,19 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
             "ignore_eos": True,
             "n": batch["n"],
         }
-        answers = engine.generate(input_ids=batch["prompts"], sampling_params=sampling)
+        answers = engine.generate(input_ids=batch["prompts"], sampling_params=sampling, **wanted)
         rounds.append([a["output_ids"] for a in answers])
+        steps = [a["meta_info"].get("output_top_logprobs", []) for a in answers]
+        margins.append([[s[0][0] - s[1][0] for s in answered] for answered in steps])
         cached += sum(a["meta_info"]["cached_tokens"] for a in answers)
     state = engine.get_server_info()["internal_states"][0]
     engine.shutdown()
     return {
         "tokens": rounds,
+        "gaps": margins,
         "cached": cached,
         "plans": state[STATE]["plans"],
+        "saved": state["saved"],
         "mixed": state["mixed"],
         "seconds": round(time.monotonic() - start, 1),
     }

@@ -2,8 +2,10 @@
 
 Input (stdin): [{"name", "model", "engine": {}, "rounds": [[prompt ids, ...], ...], "max_tokens", "layer"}].
 Each round is one batch on the same engine. "layer" overrides constructor arguments of our attention layers:
-the negative controls. Output: {name: {"tokens": [round][request][token], "cached": prompt tokens found in the
-prefix cache, "plans": how many plans our builders wrote, "seconds"}}.
+the negative controls. Optional: "prefix", a value of FI_PREFIX; "gaps": true.
+Output: {name: {"tokens": [round][request][token], "gaps": of the best two log-probabilities, alike, "cached":
+prompt tokens found in the prefix cache, "plans": how many plans our builders wrote, "saved": bytes that
+shared prefixes saved, "seconds"}}.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import gc
 import inspect
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -37,6 +40,17 @@ def count_plans(worker: Any) -> int:
     return plans_written()
 
 
+def saved_bytes(worker: Any) -> int:
+    from fi_backend.serving import saved
+
+    return saved.total()
+
+
+def gaps(output: Any) -> list[float]:
+    ranked = [sorted((x.logprob for x in step.values()), reverse=True) for step in output.logprobs or []]
+    return [r[0] - r[1] for r in ranked]
+
+
 def override_layers(overrides: dict[str, Any]) -> None:
     """Our layers get other arguments than the model gave them."""
     from fi_backend.vllm.impl import FiAttentionImpl
@@ -61,19 +75,35 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
     if "fi_backend.vllm.impl" in sys.modules or job.get("layer"):
         override_layers(job.get("layer", {}))
+    os.environ["FI_PREFIX"] = job.get("prefix", "auto")
     llm = LLM(model=job["model"], **{**ENGINE, **job["engine"]})
-    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=job["max_tokens"],
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=2 if job.get("gaps") else None,
+    )
     before = sum(llm.collective_rpc(count_plans))
-    rounds, cached = [], 0
+    rounds, margins, cached = [], [], 0
     for prompts in job["rounds"]:
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
         rounds.append([list(o.outputs[0].token_ids) for o in outputs])
+        margins.append([gaps(o.outputs[0]) for o in outputs])
         cached += sum(o.num_cached_tokens or 0 for o in outputs)
     plans = sum(llm.collective_rpc(count_plans)) - before
+    saved = sum(llm.collective_rpc(saved_bytes))
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
-    return {"tokens": rounds, "cached": cached, "plans": plans, "seconds": round(time.monotonic() - start, 1)}
+    return {
+        "tokens": rounds,
+        "gaps": margins,
+        "cached": cached,
+        "plans": plans,
+        "saved": saved,
+        "seconds": round(time.monotonic() - start, 1),
+    }
 
 
 def main() -> None:

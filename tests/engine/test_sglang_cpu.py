@@ -43,6 +43,7 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any]]] = {
     "window, page 64": ("gemma3", {"page_size": 64, "chunked_prefill_size": 128}),
     "soft cap and windows, page 16": ("gemma2-even", {"page_size": 16}),
 }
+PREFIX_MODES = {"page 1, overlap": "on", "page 16, no overlap": "off"}
 PEERS = {"llama": "page 1, overlap", "gemma3": "window, page 64"}  # served by torch_native too
 # control -> (scenario, what our layers are told instead)
 CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,6 +61,7 @@ def job(name: str, root: Path, scenario: str, backend: str, **layer: Any) -> dic
         "rounds": ROUNDS,
         "max_tokens": ANSWER,
         "layer": layer,
+        "prefix": PREFIX_MODES.get(scenario, "auto"),
     }
 
 
@@ -136,6 +138,11 @@ def test_the_radix_tree_was_used(scenario: str, results: dict[str, Any]) -> None
     page = SCENARIOS[scenario][1]["page_size"]
     # the third round finds the shared prefix twice
     assert results[scenario]["cached"] >= 2 * (len(SHARED) // page) * page
+
+
+def test_prefixes_were_shared(results: dict[str, Any]) -> None:
+    saved = {name: results[name]["saved"] for name in PREFIX_MODES}
+    assert saved["page 1, overlap"] > 0 and saved["page 16, no overlap"] == 0
 
 
 @pytest.mark.parametrize("control", CONTROLS)

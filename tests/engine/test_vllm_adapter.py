@@ -288,6 +288,20 @@ def test_groups_with_micro_batches_do_not_share(micro_batches: bool) -> None:
     assert len(workspaces) == (2 if micro_batches else 1)
 
 
+@pytest.mark.parametrize(("mode", "levels"), [("auto", 3), ("on", 3), ("off", 1)])
+def test_groups_share_prefixes_or_a_planner(mode: str, levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FI_PREFIX", mode)
+    a, b = builders(engine_config(prefix_caching=True))
+    assert a._shared.planner.levels == levels
+    assert (a._shared is b._shared) == (mode == "off")
+
+
+def test_without_prefix_caching_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FI_PREFIX", "on")
+    with pytest.raises(ValueError, match="where the engine's prefix caching is off, got on"):
+        builders(engine_config())
+
+
 # ---- registration and hygiene
 
 

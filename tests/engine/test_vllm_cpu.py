@@ -65,6 +65,7 @@ def job(name: str, root: Path, scenario: str, layer: dict[str, Any] | None = Non
         "rounds": rounds,
         "max_tokens": 24,
         "layer": layer or {},
+        "prefix": "on" if "enable_prefix_caching" in engine else "auto",
     }
 
 
@@ -140,6 +141,10 @@ def test_variant_of_ones_own(native: dict[str, Any], ours: dict[str, Any]) -> No
 def test_the_prefix_cache_was_used(ours: dict[str, Any]) -> None:
     # the second round finds the full pages of the shared prefix twice
     assert ours["prefix caching"]["cached"] >= 2 * (len(SHARED) // run_vllm.BLOCK) * run_vllm.BLOCK
+
+
+def test_prefixes_were_shared(ours: dict[str, Any]) -> None:
+    assert {name for name, result in ours.items() if result["saved"]} == {"prefix caching"}
 
 
 def test_cache_groups_with_equal_lengths_share_a_plan(ours: dict[str, Any]) -> None:
