@@ -238,7 +238,10 @@ def test_warmup(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(jit, "_core_library", lambda: jit.library(SPEC))  # core takes ten seconds
     assert main(["warmup", "--model", str(tmp_path), "--device", "cpu"]) == 0
     assert "cpu attention f16 8x8 CAUSAL" in capsys.readouterr().out
-    assert len(list(cache.glob("cpu-f16-8x8-causal-*"))) == 1
+    assert len(list(cache.glob("cpu-f16-8x8-causal-*"))) == 2, "with levels and without"
+    monkeypatch.setenv("FI_PREFIX", "off")
+    assert main(["warmup", "--model", str(tmp_path), "--device", "cpu"]) == 0
+    assert "levels" not in capsys.readouterr().out
     own = tmp_path / "own.py"
     own.write_text('from fi_backend.variants import define\nWARM = define("WARM", logits="2 * x")\n')
     monkeypatch.setenv("FI_VARIANT", f"{own}:WARM")

@@ -20,7 +20,7 @@ import torch
 
 from .. import env, jit
 from ..serving.own_variant import own_variant
-from ..variants import parse
+from ..variants import WINDOW, parse
 from . import models, toolchain
 
 _PTXAS = re.compile(
@@ -135,7 +135,8 @@ def _demangled(symbol: str) -> str:
 
 def _add_warmup(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Builds every library that serving this model on this machine needs (with FI_VARIANT's)."
+        "Builds every library that serving this model on this machine needs (with FI_VARIANT's, and, unless "
+        "FI_PREFIX=off, what shares prefixes)."
     )
     parser.add_argument("--model", type=Path, required=True, help="folder with a Hugging Face config.json")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
@@ -158,12 +159,19 @@ def _warmup(args: argparse.Namespace) -> int:
         if not any(s.tile_list for s in specs):
             names = " or ".join(str(s.variant) for s in specs)
             raise ValueError(f"expected --skip of what a layer has all of, {names}, got {skip}")
+    if env.prefix() != "off":
+        specs += [replace(s, levels=True) for s in specs if _may_share(s)]
     for spec in specs:
         print(spec)
     start = time.perf_counter()
     jit.build_all(jit.needed(specs, skip), args.jobs)
     toolchain.log().info("ready in %.1f s: %s", time.perf_counter() - start, env.cache_dir())
     return 0
+
+
+def _may_share(spec: jit.Spec) -> bool:
+    changed = any(f.key or f.value for f in spec.variant.features)
+    return not (changed or spec.batch_invariant or spec.tile_list or WINDOW in spec.variant)
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
