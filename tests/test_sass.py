@@ -24,11 +24,12 @@ SQUARE = [("bf16", d, d, "CAUSAL") for d in (64, 128, 256)]
 SPECS = [
     jit.Spec(arch, dtype, qk, vo, parse(variant), *flags)
     for arch in ARCHES
-    for *flags, wanted in (  # batch_invariant, profile, tile_list
-        (False, False, False, [*COMMON, LARGEST, TREE, SIGMOID, ROPE]),
-        (True, False, False, SQUARE),
-        (False, True, False, [("bf16", 128, 128, "CAUSAL")]),
-        (False, False, True, [TREE]),
+    for *flags, wanted in (  # batch_invariant, profile, tile_list, levels
+        (False, False, False, False, [*COMMON, LARGEST, TREE, SIGMOID, ROPE]),
+        (True, False, False, False, SQUARE),
+        (False, True, False, False, [("bf16", 128, 128, "CAUSAL")]),
+        (False, False, True, False, [TREE]),
+        (False, False, False, True, SQUARE),
     )
     for dtype, qk, vo, variant in wanted
 ]
