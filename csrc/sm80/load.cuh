@@ -40,8 +40,8 @@ __device__ __forceinline__ void load_queries(int thread, uint32_t smem_q, const 
   for (int index = thread; index < rows * LayoutQk::kChunks; index += kThreads) {
     int row = index / LayoutQk::kChunks, chunk = index % LayoutQk::kChunks;
     int packed = min(task.begin + row, task.end - 1);
-    const Element* src = q + task.query_token(p, packed) * p.q_token +
-                         task.head_of(p, packed) * p.q_head + chunk * 8;
+    const Element* src =
+        q + task.query_token(p, packed) * p.q_token + task.head_of(p, packed) * p.q_head + chunk * 8;
     copy_async_16(smem_q + LayoutQk::offset(row, chunk), src, true);
   }
 }
