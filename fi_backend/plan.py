@@ -410,21 +410,25 @@ class Planner:
             raise ValueError("expected a planner with levels of at least 2 for a Composable batch, got 1")
         if on != "device":
             raise ValueError(f'expected on="device" with levels of {self.levels}, got on={on!r}')
-        if not isinstance(given, Composable):
-            self.finder.clear()
-            return given
-        batch = given.batch
-        if given.prefixes is None:
+        batch, prefixes = (given.batch, given.prefixes) if isinstance(given, Composable) else (given, [])
+        if prefixes is None and self.shares(batch):
             self.finder.find(batch)
+            return batch
+        if not prefixes:
+            self.finder.clear()
             return batch
         if self._smxx is None:
             qo_indptr, kv_len = batch.qo_indptr, batch.kv_len
         elif qo_indptr is None or kv_len is None:
             raise ValueError("expected qo_indptr_cpu and kv_len_cpu with prefixes on a GPU, got None")
         if self._smxx is None or self._debug:
-            debug.check_prefixes(batch, given.prefixes)
-        self.finder.set(given.prefixes, qo_indptr, kv_len)
+            debug.check_prefixes(batch, prefixes)
+        self.finder.set(prefixes, qo_indptr, kv_len)
         return batch
+
+    def shares(self, batch: BlockSparse) -> bool:
+        """Whether its plan has levels. One request shares nothing, and the kernel without them is faster."""
+        return self.finder is not None and batch.num_requests > 1
 
     def list_tiles(self, batch: BlockSparse, on: str, skip_args: dict[str, Any]) -> None:
         """The first step of `plan`: fills list_counts and tile_list from what skip sees."""

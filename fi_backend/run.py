@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .plan import Plan, Planner
 
 
+_Key = tuple[Variant, torch.dtype, bool]  # of an executor; with levels or not
+
+
 @dataclass
 class _Runner:
     """What stays the same for all plans of a planner."""
@@ -28,9 +31,9 @@ class _Runner:
     debug: bool
     profile: bool
     call: Any
-    executors: dict[tuple[Variant, torch.dtype], jit.Executor]
-    unchecked: dict[tuple[Variant, torch.dtype], jit.Executor]  # with debug, on a GPU: what graphs capture
-    never_ran: set[tuple[Variant, torch.dtype]]  # of those
+    executors: dict[_Key, jit.Executor]
+    unchecked: dict[_Key, jit.Executor]  # with debug, on a GPU: what graphs capture
+    never_ran: set[_Key]  # of those
 
 
 def make_runner(planner: Planner, profile: bool = False) -> _Runner:
@@ -85,7 +88,9 @@ def bind(plan: Plan, profile: torch.Tensor | None = None) -> torch.Tensor:
     return storage
 
 
-def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtype) -> jit.Executor:
+def _load(
+    planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtype, levels: bool
+) -> jit.Executor:
     if not isinstance(variant, Variant):
         raise TypeError(f"expected variant to be a Variant, got {type(variant).__name__}")
     if planner.causal and CAUSAL not in variant:
@@ -106,14 +111,14 @@ def _load(planner: Planner, runner: _Runner, variant: Variant, dtype: torch.dtyp
             f"expected a variant without key and value transforms with levels of {planner.levels} (keys of a "
             f"prefix are of many requests), got {changed} in {variant}"
         )
-    flags = planner.batch_invariant, runner.profile, planner.skip is not None, planner.finder is not None
+    flags = planner.batch_invariant, runner.profile, planner.skip is not None, levels
     spec = jit.Spec(runner.arch, jit.DTYPES[dtype], *dims, variant, *flags)
     if runner.debug and variant.tensors:
         if runner.gpu is not None:
-            runner.unchecked[variant, dtype] = jit.executor(spec)
-            runner.never_ran.add((variant, dtype))
+            runner.unchecked[variant, dtype, levels] = jit.executor(spec)
+            runner.never_ran.add((variant, dtype, levels))
         spec = replace(spec, debug=True)
-    found = runner.executors[variant, dtype] = jit.executor(spec)
+    found = runner.executors[variant, dtype, levels] = jit.executor(spec)
     return found
 
 
@@ -165,7 +170,8 @@ def run(
             "expected the last plan of its planner, got one whose work items a plan of other lengths has "
             "overwritten: run it before that, or use two planners"
         )
-    executor = runner.executors.get((variant, q.dtype)) or _load(planner, runner, variant, q.dtype)
+    key = variant, q.dtype, planner.shares(plan.batch)
+    executor = runner.executors.get(key) or _load(planner, runner, *key)
     args = variant.pack(variant_args, planner.q_heads, planner.device)
     if planner.window is not None and variant_args["window"] > planner.window:
         raise ValueError(
@@ -196,7 +202,6 @@ def run(
     if storage is None:
         storage = bind(plan)
     if runner.debug and variant.tensors:
-        key = variant, q.dtype
         if not debug.capturing(q):
             checked = debug.Arguments(variant, args, variant_args, planner.device)
             call = (q, kv.k, kv.v, out, lse, scale, checked.address)

@@ -118,7 +118,8 @@ def check_levels(s: Setup, made: Plan) -> None:
     reads = [
         np.zeros((q * s.group * s.kv_heads, kv), np.int32) for q, kv in zip(s.q_lens, s.kv_lens, strict=True)
     ]
-    shared = {token: i for i, (token, _) in enumerate(nodes.places)}
+    levels = planner.shares(made.batch)
+    shared = {token: i for i, (token, _) in enumerate(nodes.places if levels else [])}
     written: dict[tuple[int, int], list[int]] = {}  # of token and head: states; -1: the output
 
     def rows_of(node: int, kv_head: int, begin: int, width: int) -> list[tuple[int, int]]:
@@ -131,6 +132,7 @@ def check_levels(s: Setup, made: Plan) -> None:
         return packed[begin : begin + width]
 
     states: set[int] = set()
+    slot_rows = 1 if levels else s.q_wide
     for node, row, kv_head, begin, end, slot, flags, level in plan.items.tolist():
         assert begin % s.tile_kv == 0 and end % s.tile_kv == 0 and 0 <= begin <= end
         assert level < planner.levels
@@ -138,7 +140,7 @@ def check_levels(s: Setup, made: Plan) -> None:
             request = int(of_token[token])
             at = head * s.q_lens[request] + token - int(qo_indptr[request])
             reads[request][at, 0 if flags & FIRST else begin : end] += 1
-            state = -1 if slot < 0 else slot + i
+            state = -1 if slot < 0 else slot * slot_rows + i
             assert state not in states, "a state is written twice"
             states |= {state} - {-1}
             written.setdefault((token, head), []).append(state)

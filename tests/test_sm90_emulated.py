@@ -97,7 +97,7 @@ def check(
     # the CPU's runner, with another executor
     planner.__dict__["_runner"] = runner = make_runner(checks.planner_for(inputs))
     spec = jit.Spec(90, "bf16", *dims, inputs.variant, tile_list=skip, levels=levels, debug=runner.debug)
-    runner.executors[inputs.variant, inputs.q.dtype] = build(spec, changes or {})
+    runner.executors[inputs.variant, inputs.q.dtype, levels] = build(spec, changes or {})
     batch = Composable(inputs.batch) if levels else inputs.batch
     plan = planner.plan(batch, **(inputs.variant_args if skip else {}))
     if skip:

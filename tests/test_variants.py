@@ -301,7 +301,7 @@ def test_an_index_out_of_range_is_named(device: str, name: str, monkeypatch: pyt
     call = runner.call
     runner.call = lambda storage, kernel, *rest: (ran.append(kernel), call(storage, kernel, *rest))
     checks.compare(inputs, *checks.run_inputs(plan, inputs))  # it does not stick
-    assert ran == [runner.executors[inputs.variant, inputs.q.dtype].attention]
+    assert ran == [runner.executors[inputs.variant, inputs.q.dtype, False].attention]
     if device == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -188,7 +188,7 @@ PlanParams plan_params(const PlanConfig& c, const PlanLayout& l, char* buffer, c
               reinterpret_cast<int32_t*>(buffer + l.list_tiles), int32_t(l.list_lines),
               int32_t(l.list_width)};
   }
-  if (c.levels > 1) {
+  if (c.levels > 1 && num_requests > 1) {  // one request is planned as a single format, and run as one
     p.levels = {c.tree,
                 reinterpret_cast<Part*>(buffer + l.parts),
                 reinterpret_cast<int32_t*>(buffer + l.segment_rows),

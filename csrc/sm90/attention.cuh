@@ -29,6 +29,8 @@ struct Consumer {
     for (uint32_t n = 0;; ++n) {
       const Task& task = await_task(n);
       if (task.request < 0) break;
+      // Fetching the merge's code must not delay that of the first item.
+      if (kLevels && n == 0) let_next_kernel_launch();
       bool rows = task.end > task.begin;
       if (rows && task.wide) {
         attend_wide(n, task, started);
@@ -263,8 +265,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
   }
   if (threadIdx.x / 32 == 1) QueryProducer(params, smem).prefetch_plan();
   __syncthreads();
-  wait_for_kernel_before();  // which may write the plan, queries, keys: anything
-  let_next_kernel_launch();  // the merge, which reads the plan before it waits
+  wait_for_kernel_before();                          // which may write the plan, queries, keys: anything
+  if constexpr (!kLevels) let_next_kernel_launch();  // the merge, which reads the plan before it waits
   if (threadIdx.x < kGroupThreads) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x < kKvThreads) {

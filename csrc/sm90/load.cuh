@@ -31,7 +31,18 @@ struct QueryProducer {
     if (first < p.batch.num_requests) prefetch(p.batch.kv_len + first);
   }
 
+  // A plan without prefixes has code of its own: code comes from memory, line by line.
   __device__ __forceinline__ void run() const {
+    if (kLevels && p.header->places > 0) {
+      walk<kLevels>();
+    } else {
+      walk<false>();
+    }
+  }
+
+ private:
+  template <bool kShared>
+  __device__ __forceinline__ void walk() const {
     const Args& args = args_of<Args>(p);
     int slices = p.header->rounds * gridDim.x, slice = blockIdx.x;
     int item = p.worker_indptr[slice], end = p.worker_indptr[slice + 1];
@@ -44,7 +55,7 @@ struct QueryProducer {
       Task& task = smem.task(n);
       if (lane == 0) {
         if (item < end) {
-          new (&task) Task(p, args, p.items[item]);
+          new (&task) Task(p, args, p.items[item], std::bool_constant<kShared>{});
           if (task.end <= task.begin) task.tiles = 0;
           new (&smem.box_tiles(n)) BoxTiles(params, task);
           if constexpr (kProfile) smem.item(n) = item;
@@ -56,11 +67,11 @@ struct QueryProducer {
       __syncwarp();
       smem.wait_q_empty(n);
       if (item < end && task.end > task.begin) {
-        if (!Variant::kHasQuery && params.q_boxes && task.wide && !task.scattered()) {
+        if (!Variant::kHasQuery && params.q_boxes && task.wide && !(kShared && task.scattered())) {
           if (lane == 0) load_boxes(task, smem.q(n), smem.q_full(n));
-        } else if (kLevels && !Variant::kHasQuery && params.token_boxes && task.scattered()) {
+        } else if (kShared && !Variant::kHasQuery && params.token_boxes && task.scattered()) {
           load_tokens(task, smem.q(n), smem.q_full(n));
-        } else if (kLevels && task.scattered()) {
+        } else if (kShared && task.scattered()) {
           load_rows(task, smem.q(n), [&](int packed) { return task.query_token(p, packed); });
         } else {
           load_rows(task, smem.q(n), [&](int packed) { return task.q_first + task.token_of(p, packed); });
@@ -76,7 +87,6 @@ struct QueryProducer {
     }
   }
 
- private:
   // Rows past the end are other requests' or zero.
   __device__ __forceinline__ void load_boxes(const Task& task, uint32_t dst, uint32_t full) const {
     barrier_expect(full, kQBytes);

@@ -49,14 +49,12 @@ struct NodeStates {
 };
 
 // Walks the rows of a warp. What the plan says of the next row is read while this one is joined, of the first
-// when it is made: then the partial states need not be there yet.
+// before the partial states need be there.
 struct MergePlaces {
   const AttentionParams& p;
   const Levels levels;
   const PlanHeader header;
   const int lane, heads, rows;
-  int n;
-  NodeStates states;
 
   __device__ __forceinline__ explicit MergePlaces(const AttentionParams& params)
       : p(params),
@@ -64,19 +62,23 @@ struct MergePlaces {
         header(*p.header),
         lane(threadIdx.x % 32),
         heads(p.kv_heads * p.group),
-        rows(header.places * heads),
-        n(blockIdx.x * kMergeWarps + threadIdx.x / 32) {
-    if (n < rows) states = states_of(n);
-  }
+        rows(header.places * heads) {}
 
-  __device__ __forceinline__ void run() {
+  template <class Wait>
+  __device__ __forceinline__ void run(Wait wait) {
     const Args args = args_of<Args>(p);
-    while (n < rows) {
-      const NodeStates of_row = states;
-      const int row = n;
-      n += gridDim.x * kMergeWarps;
-      if (n < rows) states = states_of(n);
-      join(args, of_row, p.places[row / heads], row % heads);
+    const int step = gridDim.x * kMergeWarps, first = blockIdx.x * kMergeWarps + threadIdx.x / 32;
+    NodeStates states;
+#pragma unroll 1
+    for (int next = first; next - step < rows; next += step) {
+      const NodeStates before = states;
+      if (next < rows) states = states_of(next);
+      if (next == first) {
+        wait();
+      } else {
+        const int row = next - step;
+        join(args, before, p.places[row / heads], row % heads);
+      }
     }
   }
 
@@ -145,9 +147,7 @@ struct MergePlaces {
 template <class Wait>
 __device__ __forceinline__ void merge_places(const AttentionParams& p, Wait wait) {
   if (p.header->places == 0) return;
-  MergePlaces places(p);
-  wait();
-  places.run();
+  MergePlaces(p).run(wait);
 }
 
 }  // namespace fi::smxx

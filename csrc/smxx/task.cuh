@@ -4,6 +4,7 @@
 #include "spec.cuh"
 
 #include <new>
+#include <type_traits>
 
 namespace fi::smxx {
 
@@ -49,12 +50,12 @@ struct QueryTokens {
 
 template <>
 struct QueryTokens<true> {
-  const Place* places;  // null: the request's
+  const Place* places = nullptr;  // null: the request's
 
   __device__ __forceinline__ const Prefix* find_prefix(const AttentionParams& p, int node) {
-    bool prefix = node >= p.batch.num_requests;
-    places = prefix ? p.places : nullptr;
-    return prefix ? p.prefixes + (node - p.batch.num_requests) : nullptr;
+    if (node < p.batch.num_requests) return nullptr;
+    places = p.places;
+    return p.prefixes + (node - p.batch.num_requests);
   }
   __device__ __forceinline__ bool scattered() const { return places; }
   __device__ __forceinline__ int token_at(int place) const { return places ? places[place].token : place; }
@@ -79,15 +80,19 @@ struct Task : KvTiles<kTileList>, QueryTokens<kLevels> {
   int32_t last;                // batch invariant: end of the piece's keys; the task is one chunk of them,
   int32_t first_chunk;         // 1: the first of them
 
-  __device__ Task(const AttentionParams& p, const Args& args, const WorkItem& item)
+  // kShared: whether the item may be a prefix's.
+  template <bool kShared = kLevels>
+  __device__ Task(const AttentionParams& p, const Args& args, const WorkItem& item,
+                  std::bool_constant<kShared> = {})
       : request(item.request),
         kv_head(item.kv_head),
         begin(item.row_begin),
         slot(item.slot),
         wide(item.flags & kWideTile),
         per_group(0xffffffffu / p.group + 1) {
-    const Prefix* prefix = find_prefix(p, item.request);
-    if (kLevels && prefix) request = prefix->request;
+    const Prefix* prefix = nullptr;
+    if constexpr (kShared) prefix = find_prefix(p, item.request);
+    if (prefix) request = prefix->request;
     k = static_cast<const Element*>(p.kv.k) + kv_head * p.kv.k_head;
     v = static_cast<const Element*>(p.kv.v) + kv_head * p.kv.v_head;
     int64_t start = request;
@@ -99,7 +104,7 @@ struct Task : KvTiles<kTileList>, QueryTokens<kLevels> {
     q_first = p.batch.qo_indptr[request];
     int q_len = p.batch.qo_indptr[request + 1] - q_first;
     kv_len = p.batch.kv_len[request];
-    if (kLevels && prefix) {
+    if (prefix) {
       q_first = prefix->first;
       q_len = prefix->tokens;
       kv_len = prefix->kv_end;
@@ -107,7 +112,7 @@ struct Task : KvTiles<kTileList>, QueryTokens<kLevels> {
     q_pos = kv_len - q_len;
     end = min(q_len * p.group, begin + (wide ? kTileQ : kTiles.q_narrow));
     if (end <= begin) return;
-    if (kLevels && prefix) {  // rows of many requests, each with a range of its own
+    if (prefix) {  // rows of many requests, each with a range of its own
       key_begin = prefix->kv_begin;
       key_end = prefix->kv_end;
     } else {  // key ranges grow with the position, so the first and the last row bound the tile's

@@ -100,12 +100,12 @@ class AttentionLayer:
         self.dtype = dtype
         dims = head_dim, self.head_dim_vo
         self._spec = jit.Spec(jit.arch_of(device), jit.DTYPES[dtype], *dims, self.variant, **spec)
-        for levels in {False} if sharing is None else sharing.kinds({**self.shape._asdict(), **spec}):
-            self.build(levels=levels)
+        self.build(levels=sharing is not None and sharing.may({**self.shape._asdict(), **spec}))
 
     def build(self, *, levels: bool) -> None:
-        """Begins to build what plans with or without levels run, unless that has begun."""
-        kernels.start(replace(self._spec, levels=levels))
+        """Begins to build what plans run, those with levels too, unless that has begun."""
+        for also in {False, levels}:
+            kernels.start(replace(self._spec, levels=also))
 
     def packed(self, cache: torch.Tensor) -> KVCache:
         """cache [pages, kv_heads, page_size, 2 * head_dim] of this layer's head_dim."""

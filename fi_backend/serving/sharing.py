@@ -39,9 +39,9 @@ class Sharing:
             return 1
         return LEVELS if self._state_bytes(planner, LEVELS) <= MAX_STATE_BYTES else 2
 
-    def kinds(self, planner: Mapping[str, Any]) -> set[bool]:
-        """Whether layers of these options run plans with levels, without, or both."""
-        return {self.levels({**planner, "max_requests": n}) > 1 for n in self.requests}
+    def may(self, planner: Mapping[str, Any]) -> bool:
+        """Whether layers of these options may run plans with levels."""
+        return any(self.levels({**planner, "max_requests": n}) > 1 for n in self.requests)
 
     def check(self, planner: Mapping[str, Any]) -> None:
         """As `options` of all planners, when the engine starts."""
