@@ -17,8 +17,8 @@ def blocks(result: Result, text: str) -> dict[str, Result]:
     found: dict[str, Result] = {}
     for suite, rows in grouped(result["rows"], "suite").items():
         name = suite
-        if suite == "serve":
-            name = "sglang serving" if "sglang" in result["meta"] else "serving"
+        if suite in ("serve", "shared prefixes"):
+            name = ("sglang " if "sglang" in result["meta"] else "") + suite.replace("serve", "serving")
         elif suite in (*SUITES, "jit") and _marks(suite)[0] not in text:
             name = "kernel"
         found.setdefault(name, result | {"rows": []})["rows"].extend(rows)

@@ -21,8 +21,8 @@ from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
 from benchmarks.implementations import Unsupported, fi
 from benchmarks.measure import PLAN_RUNS, host_us
-from benchmarks.serve_shared_prefixes import CASES as SHARED
-from benchmarks.serve_shared_prefixes import decode_phase
+from benchmarks.shared_prefixes import CASES as SHARED
+from benchmarks.shared_prefixes import decode_phase, serve_cases
 from benchmarks.suites import measure
 from fi_backend import jit
 
@@ -317,7 +317,7 @@ def test_requests_arrive_on_time_whatever_is_being_served() -> None:
     assert all(s.times[0] - s.arrival > 0.19 for s in served)
 
 
-@pytest.mark.parametrize("option", ["--open-loop", "--minimal", "--shared-prefixes"])
+@pytest.mark.parametrize("option", ["--open-loop", "--minimal"])
 def test_options_of_vllm(option: str) -> None:
     command = [sys.executable, "-m", "benchmarks", "serve", "--engine", "sglang", option]
     done = subprocess.run(command, cwd=engine_process.ROOT, capture_output=True, text=True)
@@ -335,19 +335,28 @@ def test_decode_rates_beside_the_example() -> None:
     assert "| a case | vLLM, ours | 20000 | 3.200 | 1.60 |" in text
 
 
+def alike(prompts: list[list[int]]) -> dict[tuple[int, ...], list[list[int]]]:
+    """By their first 16 tokens: vLLM finds prompts in its cache by such blocks."""
+    found: dict[tuple[int, ...], list[list[int]]] = {}
+    for prompt in prompts:
+        found.setdefault(tuple(prompt[:16]), []).append(prompt)
+    return found
+
+
 def test_prompts_share_what_a_case_says_and_nothing_else() -> None:
     begins: set[tuple[int, ...]] = set()
     for number, case in enumerate(SHARED.values(), 1):
         ids, wanted = case.requests(1000 * number, divisor=1)
-        assert len(ids) == len(wanted) == len(case.prefixes) * case.each <= serve.MAX_REQUESTS
-        for i, prompt in enumerate(ids):
-            n = case.prefixes[i // case.each]
-            assert len(prompt) == n + case.suffix
-            assert prompt[:n] == ids[i - i % case.each][:n]
+        assert len(ids) == len(wanted) == len(case.prefixes) * case.each
+        assert case.shuffled or len(ids) <= serve.MAX_REQUESTS
+        lengths = [n + case.suffix for n in case.prefixes for _ in range(case.each)]
+        assert sorted(map(len, ids)) == sorted(lengths) if case.shuffled else list(map(len, ids)) == lengths
+        for prompts in alike(ids).values():
+            n = len(prompts[0]) - case.suffix
+            assert len(prompts) == case.each and all(prompt[:n] == prompts[0][:n] for prompt in prompts)
         if case.suffix:
             assert len({tuple(prompt[-case.suffix :]) for prompt in ids}) == len(ids)
-        # vLLM finds prompts in its cache by blocks of 16
-        new = {tuple(prompt[:16]) for prompt in ids}
+        new = set(alike(ids))
         assert len(new) == len(case.prefixes) and not new & begins
         begins |= new
 
@@ -355,6 +364,38 @@ def test_prompts_share_what_a_case_says_and_nothing_else() -> None:
 def test_the_decode_phase_begins_with_the_last_first_token() -> None:
     outputs = [(0, 1.0, 1), (0, 2.0, 1), (1, 3.0, 1), (0, 4.0, 2), (1, 5.0, 1)]
     assert decode_phase(outputs) == {"decode_tokens_s": 1.5, "decode_s": 2.0}
+
+
+def test_figures_of_prompts_that_begin_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an engine that says of each prompt that a GB was saved."""
+    served: list[str] = []
+
+    def sender(ids: list[list[int]], outputs: list[int], name: str) -> open_loop.Send:
+        async def send(number: int) -> AsyncIterator[int]:
+            served.append(name)
+            for _ in range(outputs[number] - lost):
+                await asyncio.sleep(0)
+                yield 1
+
+        return send
+
+    async def saved() -> int:
+        return 10**9 * len(served)
+
+    lost, case = 0, "8 prompts of 8192, n = 16, 128 out"
+    asyncio.run(serve_cases(sender, saved, [case], divisor=32))
+    row = json.loads(capsys.readouterr().out.removeprefix("FOUND "))
+    assert row["case"] == case and row["saved_gb"] == 128 and row["decode_tokens_s"] > 0
+    assert served == ["warm"] * 32 + ["1"] * 128
+    result = {"meta": META | {"sglang": "0.5.16"}, "rows": []}
+    names = {"fa3": "fa3", "fi": "ours", "fi, FI_PREFIX=off": "ours, FI_PREFIX=off"}
+    result["rows"] = [row | {"suite": "shared prefixes", "impl": impl} for impl in names]
+    text = report.markdown(result)
+    assert all(f"| {case} | {name} |" in text for name in names.values())
+    assert list(report.blocks(result, "")) == ["sglang shared prefixes"]
+    lost = 2
+    with pytest.raises(RuntimeError, match="expected 2 tokens, got 0"):
+        asyncio.run(serve_cases(sender, saved, [case], divisor=32))
 
 
 def test_peers() -> None:
