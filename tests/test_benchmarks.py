@@ -16,7 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import builds, engine_process, goals, open_loop, peers, report, serve, streaming, turns
+from benchmarks import (
+    builds,
+    curves,
+    engine_process,
+    goals,
+    open_loop,
+    peers,
+    report,
+    serve,
+    streaming,
+    turns,
+)
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
 from benchmarks.implementations import Unsupported, fi
@@ -211,6 +222,39 @@ def test_a_page_shows_every_case(tmp_path: Path) -> None:
     assert len(pictures) == 5  # serving files have no roofline
     assert all(base64.b64decode(p).startswith(b"\x89PNG") for p in pictures)
     assert "http" not in page
+
+
+def test_tables_and_pictures_of_formats_are_current(tmp_path: Path) -> None:
+    """Pictures by what they say they show: matplotlib's versions draw differently."""
+    pytest.importorskip("matplotlib")
+    docs = engine_process.ROOT / "docs"
+    page = tmp_path / "formats.md"
+    page.write_text((docs / "formats.md").read_text())
+    results = engine_process.ROOT / "benchmarks" / "results"
+    for file in (*results.glob("prefix*.json"), *results.glob("*shared-prefixes*.json")):
+        report.replace_blocks(page, json.loads(file.read_text()))
+    assert page.read_text() == (docs / "formats.md").read_text()
+
+    def shown(picture: Path) -> str:
+        found = re.search("<dc:description>(.*)</dc:description>", picture.read_text())
+        assert found is not None
+        return found[1]
+
+    for name in curves.FILES:
+        assert shown(tmp_path / name) == shown(docs / name)
+
+
+def test_curves_show_what_peers_ran_too() -> None:
+    compared = {case.id for case in of_suite("sweep") if not case.alone}
+    rows = [
+        {"suite": "sweep", "impl": impl, "case": case.id, "us": float(case.bytes)}
+        for case in of_suite("sweep")
+        for impl in (("fi",) if case.alone else ("fi", "flashinfer_cascade"))
+    ]
+    drawn = [curves.points(rows, along) for _, along in curves.FILES.values()]
+    assert [list(found["fi"]) for found in drawn] == [[128, 512, 2048, 8192, 32768], [1, 4, 16, 64, 256]]
+    assert all(found["fi"] == found["flashinfer_cascade"] for found in drawn)
+    assert len(compared) == 9
 
 
 def test_an_engine_process_is_heard_at_once_and_limited() -> None:
