@@ -14,13 +14,16 @@ Points = dict[str, dict[int, float]]  # implementation, x, microseconds
 
 class Curves(NamedTuple):
     title: str
+    changing: str
     along: int  # place in PLOTTED of what changes
 
 
 FILES = {  # beside the page that shows them
-    "prefix-length.svg": Curves("{0} requests share a prefix and have {2} keys of their own; its keys", 1),
+    "prefix-length.svg": Curves(
+        "{0} requests that share a prefix, {2} keys of each one's own", "keys of the prefix", 1
+    ),
     "prefix-sharers.svg": Curves(
-        "a prefix of {1} keys, {2} of each request's own; requests that share it", 0
+        "a prefix of {1} keys, {2} of each request's own", "requests that share it", 0
     ),
 }
 
@@ -37,11 +40,12 @@ def points(rows: list[Row], along: int) -> Points:
 
 def curves(result: Result) -> dict[str, str]:
     """SVG by file name; nothing without a sweep. What is drawn is in its description, too."""
-    drawn = {name: points(result["rows"], along) for name, (_, along) in FILES.items()}
-    return {name: _svg(result["rows"], FILES[name].title, found) for name, found in drawn.items() if found}
+    rows = result["rows"]
+    drawn = {name: points(rows, of_file.along) for name, of_file in FILES.items()}
+    return {name: _svg(rows, FILES[name], found) for name, found in drawn.items() if found}
 
 
-def _svg(rows: list[Row], title: str, found: Points) -> str:
+def _svg(rows: list[Row], wanted: Curves, found: Points) -> str:
     plot = pyplot()
     figure, axes = plot.subplots(figsize=(7, 4.2), layout="constrained")
     known = styles([row for row in rows if row["impl"] in found])
@@ -50,12 +54,15 @@ def _svg(rows: list[Row], title: str, found: Points) -> str:
         line = [found[name][n] for n in x]
         axes.plot(x, line, style.marker + "-", color=style.color, label=style.label, markersize=5)
     ticks = sorted({x for of_impl in found.values() for x in of_impl})
-    axes.set(xscale="log", yscale="log", xlabel=title.format(*PLOTTED), ylabel="a layer, us")
+    axes.set(xscale="log", xlabel=wanted.changing, ylabel="a layer, us")
+    axes.set_title(wanted.title.format(*PLOTTED), fontsize=10)
     axes.set_xticks(ticks, [str(x) for x in ticks])
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
+    axes.set_yscale("log", subs=[2, 5])
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend(fontsize=9)
-    axes.grid(alpha=0.3)
+    axes.grid(which="both", alpha=0.3)
     buffer = io.StringIO()
     # the same bytes whenever it is drawn
     with plot.rc_context({"svg.hashsalt": "", "svg.fonttype": "none"}):

@@ -251,7 +251,7 @@ def test_curves_show_what_peers_ran_too() -> None:
         for case in of_suite("sweep")
         for impl in (("fi",) if case.alone else ("fi", "flashinfer_cascade"))
     ]
-    drawn = [curves.points(rows, along) for _, along in curves.FILES.values()]
+    drawn = [curves.points(rows, of_file.along) for of_file in curves.FILES.values()]
     assert [list(found["fi"]) for found in drawn] == [[128, 512, 2048, 8192, 32768], [1, 4, 16, 64, 256]]
     assert all(found["fi"] == found["flashinfer_cascade"] for found in drawn)
     assert len(compared) == 9
