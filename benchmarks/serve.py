@@ -169,8 +169,9 @@ class Parent:
                 self.report.add(name, suite=self.suite, **row)
 
         def problem(code: int) -> str:
-            words = f": {last_error(log)}" if log else ""
-            return f"exit code {code}{words}" if code or not heard else ""
+            if heard and not code:
+                return ""
+            return f"exit code {code}" + (f": {last_error(log)}" if log else "")
 
         def fail(reason: str) -> None:
             self.report.add(name, run, suite=self.suite, failed=reason)

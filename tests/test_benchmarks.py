@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from benchmarks import (
     report,
     serve,
     streaming,
+    suites,
     turns,
 )
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
@@ -244,17 +245,16 @@ def test_tables_and_pictures_of_formats_are_current(tmp_path: Path) -> None:
         assert shown(tmp_path / name) == shown(docs / name)
 
 
-def test_curves_show_what_peers_ran_too() -> None:
-    compared = {case.id for case in of_suite("sweep") if not case.alone}
-    rows = [
-        {"suite": "sweep", "impl": impl, "case": case.id, "us": float(case.bytes)}
-        for case in of_suite("sweep")
-        for impl in (("fi",) if case.alone else ("fi", "flashinfer_cascade"))
-    ]
+def test_curves_show_what_peers_ran_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(case: Case, name: str, device: torch.device) -> dict[str, object]:
+        return {"suite": case.suite, "impl": name, "case": case.id, "us": float(case.bytes)}
+
+    monkeypatch.setattr(suites, "measure", measured)
+    rows = list(suites.rows([], of_suite("sweep"), ["flashinfer_cascade"], torch.device("cpu")))
     drawn = [curves.points(rows, of_file.along) for of_file in curves.FILES.values()]
     assert [list(found["fi"]) for found in drawn] == [[128, 512, 2048, 8192, 32768], [1, 4, 16, 64, 256]]
     assert all(found["fi"] == found["flashinfer_cascade"] for found in drawn)
-    assert len(compared) == 9
+    assert sum(row["impl"] == "flashinfer_cascade" for row in rows) == 9  # one is in both
 
 
 def test_an_engine_process_is_heard_at_once_and_limited() -> None:
@@ -293,6 +293,28 @@ def test_engines_take_turns(tmp_path: Path) -> None:
     gone.process.stop()
     turns.take_turns([gone], late, 10)
     assert failed == ["no time left", "exit code -9"]
+
+
+def test_an_engine_is_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], Callable[[dict[str, object]], None]]] = []
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "serve", "--engine", "vllm", "--case", "x"])
+    monkeypatch.setattr(
+        serve, "EngineProcess", lambda command, receive, *_: started.append((command, receive))
+    )
+    parent = serve.Parent(serve.Report(None, {}), "serve", 0.0, tmp_path)
+    engine = parent.contender("CUSTOM", tmp_path / "model", "--port", "1", run="cold run")
+    command, receive = started[0]
+    own = ["--port", "1", "--child", "CUSTOM", "--model", f"{tmp_path}/model", "--gate", str(engine.gate)]
+    assert command == [sys.executable, "-m", "benchmarks", *sys.argv[1:], *own]
+    assert engine.problem(0) == "exit code 0", "nothing was heard"
+    receive({"warm": True})
+    receive({"case": "a case", "seconds": 1.0})
+    assert [engine.problem(0), engine.problem(-9)] == ["", "exit code -9"]
+    engine.fail("late")
+    assert [(r["impl"], r["case"]) for r in parent.report.rows] == [
+        ("CUSTOM", "a case"),
+        ("CUSTOM", "cold run"),
+    ]
 
 
 def test_every_case_is_timed_before_one_is_repeated() -> None:
