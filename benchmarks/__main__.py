@@ -18,11 +18,12 @@ def serve(arguments: list[str]) -> None:
     shared = "prompts that begin alike"
     add("--shared-prefixes", dest="name", action="store_const", const="shared_prefixes", help=shared)
     chosen, rest = parser.parse_known_args(arguments)
-    if chosen.name and chosen.engine != "vllm":
+    if chosen.engine == "sglang" and chosen.name in ("open_loop", "minimal"):
         option = chosen.name.replace("_", "-")
-        parser.error(f"expected --engine vllm with --{option}, got {chosen.engine}")
+        parser.error(f"expected --engine vllm with --{option}, got sglang")
     # an engine's start-up is timed: torch and the kernel suites are not imported before it
-    import_module(f".serve_{chosen.name or chosen.engine}", __package__).main(rest)
+    module = "_".join(filter(None, ("serve", chosen.engine, chosen.name)))
+    import_module(f".{module}", __package__).main(rest)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 WINDOW = 1024  # keys of windowed variants
+PLOTTED = (64, 8192, 256)  # of the sweep: requests, prefix and own keys that stay while one of them changes
 DOCUMENT, PREFIX = 1024, 2048  # tokens of masked ones: of a document; that all of a request see
 
 
@@ -24,7 +25,8 @@ class Case:
     each, one group behind the other. pool: tokens of one cache, from
     which every request reads random pages; 0: pages of its own. in_order: pages of a request lie one behind
     the other, as an engine with an empty pool hands them out; otherwise anywhere. variant: a name;
-    benchmarks/variants.py has its arguments. skip: planned by a list of what the variant sees.
+    benchmarks/variants.py has its arguments. skip: planned by a list of what the variant sees. alone:
+    measured without peers.
     """
 
     id: str
@@ -41,6 +43,7 @@ class Case:
     in_order: bool = False
     variant: str = "CAUSAL"
     skip: bool = False
+    alone: bool = False
 
     @property
     def tokens(self) -> int:
@@ -104,11 +107,14 @@ def _groups(*groups: int, prefix: int, suffix: int) -> Case:
 
 
 def _sweep() -> Iterator[Case]:
+    """Peers run those that a picture shows."""
     for prefix in (128, 512, 2048, 8192, 32768):
         for requests in (1, 4, 16, 64, 256):
             for suffix in (64, 256, 1024):
                 case = _prefix(requests, prefix, suffix)
-                yield replace(case, id=f"sweep-{requests}-{prefix}-{suffix}", suite="sweep")
+                same = [a == b for a, b in zip((requests, prefix, suffix), PLOTTED, strict=True)]
+                alone = not (same[2] and any(same[:2]))
+                yield replace(case, id=f"sweep-{requests}-{prefix}-{suffix}", suite="sweep", alone=alone)
 
 
 def _shapes() -> Iterator[Case]:

@@ -1,4 +1,4 @@
-"""What both pictures of a results file share."""
+"""What all pictures of results files share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Style(NamedTuple):
 def styles(rows: list[Row]) -> dict[str, Style]:
     """Of each implementation, ours first."""
     names = sorted(grouped(rows, "impl"), key=lambda name: name not in OURS)
-    labels = ["ours" if name in OURS[:2] else name for name in names]
+    labels = [{**dict.fromkeys(OURS[:2], "ours"), "fi_flat": "ours, single format"}.get(n, n) for n in names]
     return {name: Style(label, *m) for name, label, m in zip(names, labels, _MARKS, strict=False)}
 
 

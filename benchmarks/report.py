@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from . import curves
 from .cases import SUITES
 from .page import page
 from .rows import Result, grouped
@@ -17,8 +18,8 @@ def blocks(result: Result, text: str) -> dict[str, Result]:
     found: dict[str, Result] = {}
     for suite, rows in grouped(result["rows"], "suite").items():
         name = suite
-        if suite == "serve":
-            name = "sglang serving" if "sglang" in result["meta"] else "serving"
+        if suite in ("serve", "shared prefixes"):
+            name = ("sglang " if "sglang" in result["meta"] else "") + suite.replace("serve", "serving")
         elif suite in (*SUITES, "jit") and _marks(suite)[0] not in text:
             name = "kernel"
         found.setdefault(name, result | {"rows": []})["rows"].extend(rows)
@@ -39,7 +40,10 @@ def markdown(result: Result) -> str:
 
 
 def replace_blocks(page: Path, result: Result) -> None:
-    """Put the tables between their marks in a Markdown file. Raises ValueError if it has none."""
+    """Put the tables between their marks in a Markdown file, and pictures beside it where it shows them.
+
+    Raises ValueError if it has no marks.
+    """
     text = page.read_text()
     for name, of_block in blocks(result, text).items():
         begin, end = _marks(name)
@@ -48,12 +52,17 @@ def replace_blocks(page: Path, result: Result) -> None:
         before, rest = text.split(begin, 1)
         text = f"{before}{begin}\n{markdown(of_block)}\n{end}{rest.split(end, 1)[1]}"
     page.write_text(text)
+    if any(f"({name})" in text for name in curves.FILES):
+        for name, picture in curves.curves(result).items():
+            page.with_name(name).write_text(picture)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("files", type=Path, nargs="+", help="results files")
-    parser.add_argument("--into", type=Path, help="replace the marked blocks of this Markdown file")
+    parser.add_argument(
+        "--into", type=Path, help="replace the marked blocks and the pictures of this Markdown file"
+    )
     parser.add_argument("--page", type=Path, help="write an HTML page: roofline, bars and tables")
     args = parser.parse_args()
     results = [json.loads(file.read_text()) for file in args.files]

@@ -1,18 +1,22 @@
-"""What whole-engine figures share: the model's shape, the cases, how a case is timed, the results file."""
+"""What whole-engine figures share: the model's shape, cases and their clock, the results file, the parent."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .engine_process import ROOT, say, tell
+from . import turns
+from .engine_process import ROOT, EngineProcess, last_error, say, tell
 from .lengths import sharegpt
 
 Requests = list[tuple[int, int]]  # (prompt tokens, output tokens) of every request
@@ -87,12 +91,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_process_options(parser)
 
 
-def add_process_options(parser: argparse.ArgumentParser) -> None:
+def add_process_options(parser: argparse.ArgumentParser, model: str = argparse.SUPPRESS) -> None:
+    """model: help for the option, where a user may choose it."""
+    parser.add_argument("--out", type=Path, help="results file (JSON)")
     parser.add_argument(
         "--minutes", type=float, default=8.5, help="time for everything (default: %(default)s)"
     )
+    parser.add_argument("--model", type=Path, help=model)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--gate", type=Path, help=argparse.SUPPRESS)
 
 
 def machine(engine: str) -> dict[str, str]:
@@ -130,3 +137,53 @@ class Report:
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.path.write_text(json.dumps({"meta": self.meta, "rows": self.rows}, indent=1) + "\n")
+
+
+@dataclass
+class Parent:
+    """The command that was called: each of its engines is the same command once more, with --child."""
+
+    report: Report
+    suite: str
+    end: float  # by time.monotonic()
+    folder: Path  # temporary
+
+    def contender(
+        self,
+        name: str,
+        model: Path,
+        *options: str,
+        run: str = "run",
+        environment: dict[str, str] | None = None,
+        log: Path | None = None,
+    ) -> turns.Contender:
+        """An engine whose rows go to the report. run: which of its runs this is; log: takes its stderr."""
+        gate = self.folder / f"{name}-{run}"
+        command = [sys.executable, "-m", "benchmarks", *sys.argv[1:], *options]
+        command += ["--child", name, "--model", str(model.resolve()), "--gate", str(gate)]
+        heard: list[dict[str, Any]] = []
+
+        def receive(row: dict[str, Any]) -> None:
+            heard.append(row)
+            if "case" in row:
+                self.report.add(name, suite=self.suite, **row)
+
+        def problem(code: int) -> str:
+            if heard and not code:
+                return ""
+            return f"exit code {code}" + (f": {last_error(log)}" if log else "")
+
+        def fail(reason: str) -> None:
+            self.report.add(name, run, suite=self.suite, failed=reason)
+
+        with log.open("w") if log else contextlib.nullcontext() as errors:
+            process = EngineProcess(command, receive, environment or {}, errors)
+        return turns.Contender(name if run == "run" else f"{name}, {run}", process, gate, fail, problem)
+
+
+@contextlib.contextmanager
+def parent(args: argparse.Namespace, engine: str, suite: str = "serve") -> Iterator[Parent]:
+    end = time.monotonic() + 60 * args.minutes
+    report = Report(args.out, machine(engine))
+    with tempfile.TemporaryDirectory() as folder:
+        yield Parent(report, suite, end, Path(folder))

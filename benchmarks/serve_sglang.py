@@ -13,23 +13,22 @@ from __future__ import annotations
 
 import argparse
 import functools
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from . import turns
-from .engine_process import COMMAND, EngineProcess, last_error, say, tell
+from .engine_process import say, tell
 from .serve import (
     CASES,
     CONTEXT,
     MAX_REQUESTS,
-    Report,
+    Parent,
     Requests,
     add_options,
-    machine,
     make_model,
+    parent,
     prompts,
     time_cases,
 )
@@ -108,43 +107,23 @@ def child(args: argparse.Namespace) -> None:
 # ---- in the parent
 
 
-def contender(name: str, port: int, warm: bool, args: argparse.Namespace, folder: Path) -> turns.Contender:
-    stem = f"{name}-warm" if warm else name
-    gate, log = folder / stem, args.out.with_name(f"{args.out.stem}-{stem}.log")
-    model = folder / ("one-layer" if warm else "llama-8b")
-    command = [*COMMAND, "sglang", "--child", name, "--model", str(model), "--gate", str(gate)]
-    command += ["--port", str(port), "--repeat", str(args.repeat)]
-    command += ["--warm"] if warm else []
-    for case in args.case:
-        command += ["--case", case]
-    rows: list[dict[str, Any]] = []
-
-    def receive(row: dict[str, Any]) -> None:
-        rows.append(row)
-        if not warm:
-            args.report.add(impl=name, **row)
-
-    def fail(reason: str) -> None:
-        args.report.add(impl=name, case="warming" if warm else "run", failed=reason)
-
-    def problem(code: int) -> str:
-        return f"exit code {code}: {last_error(log)}" if code or not rows else ""
-
-    with log.open("w") as errors:
-        process = EngineProcess(command, receive, {}, errors)
-    return turns.Contender(name, process, gate, fail, problem)
+def contender(name: str, port: int, warm: bool, args: argparse.Namespace, p: Parent) -> turns.Contender:
+    model, run = ("one-layer", "warming") if warm else ("llama-8b", "run")
+    log = args.out.with_name(f"{args.out.stem}-{name}{'-warm' if warm else ''}.log")
+    options = ["--port", str(port), *(["--warm"] if warm else [])]
+    return p.contender(name, p.folder / model, *options, run=run, log=log)
 
 
-def measure(args: argparse.Namespace, folder: Path, end: float) -> None:
-    make_model(folder / "llama-8b")
-    make_model(folder / "one-layer", layers=1)
+def measure(args: argparse.Namespace, p: Parent) -> None:
+    make_model(p.folder / "llama-8b")
+    make_model(p.folder / "one-layer", layers=1)
     names: list[str] = args.backends
     ports = iter(range(args.port, args.port + 2 * len(names)))
-    warmers = [contender(n, next(ports), True, args, folder) for n in names if not args.skip_warm]
-    contenders = [contender(n, next(ports), False, args, folder) for n in names]
+    warmers = [contender(n, next(ports), True, args, p) for n in names if not args.skip_warm]
+    contenders = [contender(n, next(ports), False, args, p) for n in names]
     try:
         begin = time.monotonic()
-        limit = (end - begin) * 0.4
+        limit = (p.end - begin) * 0.4
         threads = [threading.Thread(target=w.run, args=(limit,)) for w in warmers]
         say(f"{', '.join(names)}: warming, at most {limit:.0f} s ...")
         for thread in threads:
@@ -152,7 +131,7 @@ def measure(args: argparse.Namespace, folder: Path, end: float) -> None:
         for thread in threads:
             thread.join()
         say(f"warm after {time.monotonic() - begin:.0f} s")
-        turns.take_turns(contenders, end, 45)
+        turns.take_turns(contenders, p.end, 45)
     finally:
         for engine in (*warmers, *contenders):
             engine.process.stop()
@@ -168,7 +147,6 @@ def backend_names(text: str) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks serve --engine sglang", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("serve_sglang.json"), help="results file (JSON)")
     parser.add_argument(
         "--backends",
         type=backend_names,
@@ -178,14 +156,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--skip-warm", action="store_true", help="the caches are full from an earlier call")
     parser.add_argument("--port", type=int, default=29600, help="first of two ports for each backend")
     add_options(parser)
-    parser.add_argument("--gate", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(out=Path("serve_sglang.json"))
     args = parser.parse_args(arguments)
     if args.child:
         child(args)
         return
-    end = time.monotonic() + 60 * args.minutes
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.report = Report(args.out, machine("sglang"))
-    with tempfile.TemporaryDirectory() as folder:
-        measure(args, Path(folder), end)
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # for logs
+    with parent(args, "sglang") as p:
+        measure(args, p)

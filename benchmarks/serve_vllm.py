@@ -9,14 +9,13 @@ and said so. Compare figures only within one run.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from . import turns
-from .engine_process import COMMAND, EngineProcess, tell
-from .serve import CONTEXT, MAX_REQUESTS, Report, Requests, add_options, machine, make_model, time_cases
+from .engine_process import tell
+from .serve import CONTEXT, MAX_REQUESTS, Requests, add_options, make_model, parent, time_cases
 from .serve import prompts as token_ids
 
 
@@ -52,7 +51,7 @@ def child(args: argparse.Namespace) -> None:
     turns.wait_for_turn(args.gate)
     begin = time.monotonic()
     llm = LLM(**engine_options(args.model, args.child))
-    tell(case="start-up", seconds=round(time.monotonic() - begin, 2))
+    tell(case=f"start-up, {args.condition}", seconds=round(time.monotonic() - begin, 2))
     for sizes in llm.collective_rpc(buffers)[0]:
         tell(case="buffers", **sizes)
 
@@ -70,54 +69,31 @@ def child(args: argparse.Namespace) -> None:
                 raise RuntimeError(f"expected {n} tokens, got {len(output.outputs[0].token_ids)}")
         return seconds
 
-    if args.start_only:
+    if args.condition == "warm":
         tell(case="first answer", seconds=round(generate([(64, 4)], 1), 3))
         return
     generate([(300, 8)] * 32, 1)  # first use of the sampler's and the runner's own kernels
     time_cases(generate, args.case, args.repeat, turns.deadline(args.gate))
 
 
-def contender(
-    backend: str, condition: str, args: argparse.Namespace, folder: Path, report: Report
-) -> turns.Contender:
-    """An engine whose figures go to the report. `condition` names what is cached at its start."""
-    gate = folder / f"{backend}-{condition}"
-    command = [*COMMAND, "vllm", "--child", backend, "--model", str(folder / "llama-8b")]
-    command += ["--gate", str(gate), "--repeat", str(args.repeat)]
-    command += ["--start-only"] if condition == "warm" else []
-    for case in args.case:
-        command += ["--case", case]
-
-    def receive(row: dict[str, Any]) -> None:
-        if row["case"] == "start-up":
-            row["case"] = f"start-up, {condition}"
-        report.add(impl=backend, **row)
-
-    def fail(reason: str) -> None:
-        report.add(impl=backend, case=f"{condition} run", failed=reason)
-
-    process = EngineProcess(command, receive, {"FI_CACHE_DIR": str(folder / "kernels")})
-    return turns.Contender(f"{backend}, {condition} start", process, gate, fail)
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks serve --engine vllm", description=__doc__)
-    parser.add_argument("--out", type=Path, help="results file (JSON)")
     parser.add_argument("--peer", default="FLASH_ATTN", help="backend to compare with (default: %(default)s)")
     parser.add_argument("--skip-warm", action="store_true", help="leave out the second start of each backend")
     add_options(parser)
-    parser.add_argument("--start-only", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--gate", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--condition", help=argparse.SUPPRESS)  # what is cached at its start
     args = parser.parse_args(arguments)
     if args.child:
         child(args)
         return
-    end = time.monotonic() + 60 * args.minutes
-    report = Report(args.out, machine("vllm"))
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder, "llama-8b"))
-        stages = [(args.peer, "first"), ("CUSTOM", "cold")]
-        stages += [] if args.skip_warm else [(args.peer, "warm"), ("CUSTOM", "warm")]
-        engines = [contender(*stage, args, Path(folder), report) for stage in stages]
+    stages = [(args.peer, "first"), ("CUSTOM", "cold")]
+    stages += [] if args.skip_warm else [(args.peer, "warm"), ("CUSTOM", "warm")]
+    with parent(args, "vllm") as p:
+        model = make_model(p.folder / "model")
+        kernels = {"FI_CACHE_DIR": str(p.folder / "kernels")}
+        engines = [
+            p.contender(name, model, "--condition", condition, run=f"{condition} run", environment=kernels)
+            for name, condition in stages
+        ]
         # the first serves all cases, on a cold machine
-        turns.take_turns(engines, end, 40, lambda left, n: left * 0.6 if n == len(engines) else left)
+        turns.take_turns(engines, p.end, 40, lambda left, n: left * 0.6 if n == len(engines) else left)

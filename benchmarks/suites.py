@@ -75,7 +75,7 @@ def rows(suites: list[str], cases: list[Case], names: list[str], device: torch.d
                 say(f"{row['case']}: {row['seconds']} s")
                 yield row
     for number, case in enumerate(cases, 1):
-        for name in [*(OURS if case.prefix else ["fi"]), *names]:
+        for name in [*(OURS if case.prefix else ["fi"]), *([] if case.alone else names)]:
             place = f"[{number}/{len(cases)}] {case.id} {name}"
             try:
                 row = measure(case, name, device)

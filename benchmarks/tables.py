@@ -103,13 +103,18 @@ def _latencies(rows: list[Row]) -> Iterator[Cells]:
         if "failed" not in row:
             yield {
                 "case": row["case"],
-                "backend": row["impl"].replace("CUSTOM", "ours"),
+                "backend": _named(row["impl"]),
                 "decode, tokens/s": f"{row['decode_tokens_s']:.0f}" if "decode_tokens_s" in row else "",
                 "saved, GB": f"{row['saved_gb']:.1f}" if row.get("saved_gb") else "",
                 **{f"{name}, ms": f"{row[key]:.1f}" for name, key in LATENCIES.items()},
                 "requests/s": f"{row['requests_s']:.1f}",
                 "tokens/s": f"{row['tokens_s']:.0f}",
             }
+
+
+def _named(impl: str) -> str:
+    name, comma, how = impl.partition(",")
+    return ("ours" if name in OURS else name) + comma + how
 
 
 def _decode_rates(rows: list[Row]) -> Iterator[Cells]:

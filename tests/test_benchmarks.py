@@ -9,20 +9,32 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import builds, engine_process, goals, open_loop, peers, report, serve, streaming, turns
+from benchmarks import (
+    builds,
+    curves,
+    engine_process,
+    goals,
+    open_loop,
+    peers,
+    report,
+    serve,
+    streaming,
+    suites,
+    turns,
+)
 from benchmarks.cases import CASES, SUITES, Case, lengths, of_suite
 from benchmarks.data import make, relative_error
 from benchmarks.implementations import Unsupported, fi
 from benchmarks.measure import PLAN_RUNS, host_us
-from benchmarks.serve_shared_prefixes import CASES as SHARED
-from benchmarks.serve_shared_prefixes import decode_phase
+from benchmarks.shared_prefixes import CASES as SHARED
+from benchmarks.shared_prefixes import decode_phase, serve_cases
 from benchmarks.suites import measure
 from fi_backend import jit
 
@@ -213,6 +225,38 @@ def test_a_page_shows_every_case(tmp_path: Path) -> None:
     assert "http" not in page
 
 
+def test_tables_and_pictures_of_formats_are_current(tmp_path: Path) -> None:
+    """Pictures by what they say they show: matplotlib's versions draw differently."""
+    pytest.importorskip("matplotlib")
+    docs = engine_process.ROOT / "docs"
+    page = tmp_path / "formats.md"
+    page.write_text((docs / "formats.md").read_text())
+    results = engine_process.ROOT / "benchmarks" / "results"
+    for file in (*results.glob("prefix*.json"), *results.glob("*shared-prefixes*.json")):
+        report.replace_blocks(page, json.loads(file.read_text()))
+    assert page.read_text() == (docs / "formats.md").read_text()
+
+    def shown(picture: Path) -> str:
+        found = re.search("<dc:description>(.*)</dc:description>", picture.read_text())
+        assert found is not None
+        return found[1]
+
+    for name in curves.FILES:
+        assert shown(tmp_path / name) == shown(docs / name)
+
+
+def test_curves_show_what_peers_ran_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(case: Case, name: str, device: torch.device) -> dict[str, object]:
+        return {"suite": case.suite, "impl": name, "case": case.id, "us": float(case.bytes)}
+
+    monkeypatch.setattr(suites, "measure", measured)
+    rows = list(suites.rows([], of_suite("sweep"), ["flashinfer_cascade"], torch.device("cpu")))
+    drawn = [curves.points(rows, of_file.along) for of_file in curves.FILES.values()]
+    assert [list(found["fi"]) for found in drawn] == [[128, 512, 2048, 8192, 32768], [1, 4, 16, 64, 256]]
+    assert all(found["fi"] == found["flashinfer_cascade"] for found in drawn)
+    assert sum(row["impl"] == "flashinfer_cascade" for row in rows) == 9  # one is in both
+
+
 def test_an_engine_process_is_heard_at_once_and_limited() -> None:
     code = "import time, benchmarks.engine_process as p; print('noise'); p.tell(a=1); time.sleep({})"
     for sleep, seconds, ended in ((0, 60, 0), (60, 8, -9)):
@@ -249,6 +293,28 @@ def test_engines_take_turns(tmp_path: Path) -> None:
     gone.process.stop()
     turns.take_turns([gone], late, 10)
     assert failed == ["no time left", "exit code -9"]
+
+
+def test_an_engine_is_the_same_command_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[list[str], Callable[[dict[str, object]], None]]] = []
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "serve", "--engine", "vllm", "--case", "x"])
+    monkeypatch.setattr(
+        serve, "EngineProcess", lambda command, receive, *_: started.append((command, receive))
+    )
+    parent = serve.Parent(serve.Report(None, {}), "serve", 0.0, tmp_path)
+    engine = parent.contender("CUSTOM", tmp_path / "model", "--port", "1", run="cold run")
+    command, receive = started[0]
+    own = ["--port", "1", "--child", "CUSTOM", "--model", f"{tmp_path}/model", "--gate", str(engine.gate)]
+    assert command == [sys.executable, "-m", "benchmarks", *sys.argv[1:], *own]
+    assert engine.problem(0) == "exit code 0", "nothing was heard"
+    receive({"warm": True})
+    receive({"case": "a case", "seconds": 1.0})
+    assert [engine.problem(0), engine.problem(-9)] == ["", "exit code -9"]
+    engine.fail("late")
+    assert [(r["impl"], r["case"]) for r in parent.report.rows] == [
+        ("CUSTOM", "a case"),
+        ("CUSTOM", "cold run"),
+    ]
 
 
 def test_every_case_is_timed_before_one_is_repeated() -> None:
@@ -317,7 +383,7 @@ def test_requests_arrive_on_time_whatever_is_being_served() -> None:
     assert all(s.times[0] - s.arrival > 0.19 for s in served)
 
 
-@pytest.mark.parametrize("option", ["--open-loop", "--minimal", "--shared-prefixes"])
+@pytest.mark.parametrize("option", ["--open-loop", "--minimal"])
 def test_options_of_vllm(option: str) -> None:
     command = [sys.executable, "-m", "benchmarks", "serve", "--engine", "sglang", option]
     done = subprocess.run(command, cwd=engine_process.ROOT, capture_output=True, text=True)
@@ -335,19 +401,28 @@ def test_decode_rates_beside_the_example() -> None:
     assert "| a case | vLLM, ours | 20000 | 3.200 | 1.60 |" in text
 
 
+def alike(prompts: list[list[int]]) -> dict[tuple[int, ...], list[list[int]]]:
+    """By their first 16 tokens: vLLM finds prompts in its cache by such blocks."""
+    found: dict[tuple[int, ...], list[list[int]]] = {}
+    for prompt in prompts:
+        found.setdefault(tuple(prompt[:16]), []).append(prompt)
+    return found
+
+
 def test_prompts_share_what_a_case_says_and_nothing_else() -> None:
     begins: set[tuple[int, ...]] = set()
     for number, case in enumerate(SHARED.values(), 1):
         ids, wanted = case.requests(1000 * number, divisor=1)
-        assert len(ids) == len(wanted) == len(case.prefixes) * case.each <= serve.MAX_REQUESTS
-        for i, prompt in enumerate(ids):
-            n = case.prefixes[i // case.each]
-            assert len(prompt) == n + case.suffix
-            assert prompt[:n] == ids[i - i % case.each][:n]
+        assert len(ids) == len(wanted) == len(case.prefixes) * case.each
+        assert case.shuffled or len(ids) <= serve.MAX_REQUESTS
+        lengths = [n + case.suffix for n in case.prefixes for _ in range(case.each)]
+        assert sorted(map(len, ids)) == sorted(lengths) if case.shuffled else list(map(len, ids)) == lengths
+        for prompts in alike(ids).values():
+            n = len(prompts[0]) - case.suffix
+            assert len(prompts) == case.each and all(prompt[:n] == prompts[0][:n] for prompt in prompts)
         if case.suffix:
             assert len({tuple(prompt[-case.suffix :]) for prompt in ids}) == len(ids)
-        # vLLM finds prompts in its cache by blocks of 16
-        new = {tuple(prompt[:16]) for prompt in ids}
+        new = set(alike(ids))
         assert len(new) == len(case.prefixes) and not new & begins
         begins |= new
 
@@ -355,6 +430,38 @@ def test_prompts_share_what_a_case_says_and_nothing_else() -> None:
 def test_the_decode_phase_begins_with_the_last_first_token() -> None:
     outputs = [(0, 1.0, 1), (0, 2.0, 1), (1, 3.0, 1), (0, 4.0, 2), (1, 5.0, 1)]
     assert decode_phase(outputs) == {"decode_tokens_s": 1.5, "decode_s": 2.0}
+
+
+def test_figures_of_prompts_that_begin_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an engine that says of each prompt that a GB was saved."""
+    served: list[str] = []
+
+    def sender(ids: list[list[int]], outputs: list[int], name: str) -> open_loop.Send:
+        async def send(number: int) -> AsyncIterator[int]:
+            served.append(name)
+            for _ in range(outputs[number] - lost):
+                await asyncio.sleep(0)
+                yield 1
+
+        return send
+
+    async def saved() -> int:
+        return 10**9 * len(served)
+
+    lost, case = 0, "8 prompts of 8192, n = 16, 128 out"
+    asyncio.run(serve_cases(sender, saved, [case], divisor=32))
+    row = json.loads(capsys.readouterr().out.removeprefix("FOUND "))
+    assert row["case"] == case and row["saved_gb"] == 128 and row["decode_tokens_s"] > 0
+    assert served == ["warm"] * 32 + ["1"] * 128
+    result = {"meta": META | {"sglang": "0.5.16"}, "rows": []}
+    names = {"fa3": "fa3", "fi": "ours", "fi, FI_PREFIX=off": "ours, FI_PREFIX=off"}
+    result["rows"] = [row | {"suite": "shared prefixes", "impl": impl} for impl in names]
+    text = report.markdown(result)
+    assert all(f"| {case} | {name} |" in text for name in names.values())
+    assert list(report.blocks(result, "")) == ["sglang shared prefixes"]
+    lost = 2
+    with pytest.raises(RuntimeError, match="expected 2 tokens, got 0"):
+        asyncio.run(serve_cases(sender, saved, [case], divisor=32))
 
 
 def test_peers() -> None:

@@ -15,7 +15,6 @@ import json
 import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -23,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from . import turns
-from .engine_process import COMMAND, ROOT, EngineProcess, tell
-from .serve import CONFIG, Report, machine
+from .engine_process import ROOT, tell
+from .serve import CONFIG, add_process_options, parent
 from .serve_vllm import engine_options
 
 MINIMAL = "minimal engine"
@@ -144,44 +143,26 @@ def child(args: argparse.Namespace) -> None:
     )
 
 
-def contender(name: str, args: argparse.Namespace, folder: Path, report: Report) -> turns.Contender:
-    gate = folder / name
-    command = [*COMMAND, "vllm", "--minimal", "--child", name, "--gate", str(gate)]
-    for option in ("model", "mode", "batch", "prompt", "tokens", "repeat"):
-        command += [f"--{option}", str(getattr(args, option))]
-
-    def add(case: str, **values: Any) -> None:
-        report.add(name, case, suite="decode rate", **values)
-
-    apart = "VLLM_ENABLE_V1_MULTIPROCESSING"  # as it serves: scheduler and model beside the rest
-    environment = {apart: os.environ.get(apart, "1")}
-    process = EngineProcess(command, lambda row: add(**row), environment)
-    return turns.Contender(name, process, gate, lambda reason: add("run", failed=reason))
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks serve --engine vllm --minimal", description=__doc__
     )
     add = parser.add_argument
-    add("--out", type=Path, help="results file (JSON)")
-    add("--model", type=Path, help="model folder with weights (random ones)")
     add("--backends", default="FLASH_ATTN,CUSTOM", help="of vLLM, in turn (%(default)s)")
     add("--mode", type=int, default=3, help="vLLM's compilation mode: 3 as it serves, 0 none (%(default)s)")
     add("--batch", type=int, default=64, help="requests (%(default)s)")
     add("--prompt", type=int, default=256, help="tokens of a prompt (%(default)s)")
     add("--tokens", type=int, default=512, help="decode steps (%(default)s)")
     add("--repeat", type=int, default=3, help="runs, the best counts (%(default)s)")
-    add("--minutes", type=float, default=8.5, help="time for everything (%(default)s)")
-    add("--child", help=argparse.SUPPRESS)
-    add("--gate", type=Path, help=argparse.SUPPRESS)
+    add_process_options(parser, "model folder with weights (random ones)")
     args = parser.parse_args(arguments)
     if args.child:
         child(args)
         return
-    end = time.monotonic() + 60 * args.minutes
-    report = Report(args.out, machine("vllm"))
-    with tempfile.TemporaryDirectory() as folder:
-        args.model = args.model or random_model(Path(folder, "model"))
+    apart = "VLLM_ENABLE_V1_MULTIPROCESSING"  # as it serves: scheduler and model beside the rest
+    environment = {apart: os.environ.get(apart, "1")}
+    with parent(args, "vllm", "decode rate") as p:
+        model = args.model or random_model(p.folder / "model")
         names = [MINIMAL, *filter(None, args.backends.split(","))]
-        turns.take_turns([contender(name, args, Path(folder), report) for name in names], end, 20)
+        engines = [p.contender(name, model, environment=environment) for name in names]
+        turns.take_turns(engines, p.end, 20)

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import tempfile
-import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from . import turns
-from .engine_process import COMMAND, EngineProcess, tell
+from .engine_process import tell
 from .lengths import sharegpt
 from .open_loop import Send, arrivals, drive, figures
-from .serve import Report, Requests, add_process_options, machine, make_model, prompts
+from .serve import Requests, add_process_options, make_model, parent, prompts
 from .serve_vllm import engine_options
 
 
@@ -78,38 +75,22 @@ def sender(engine: Any, ids: list[list[int]], outputs: list[int], name: str) -> 
     return send
 
 
-def contender(backend: str, args: argparse.Namespace, folder: Path, report: Report) -> turns.Contender:
-    gate = folder / backend
-    command = [*COMMAND, "vllm", "--open-loop", "--child", backend, "--model", str(folder / "llama")]
-    command += ["--gate", str(gate), "--traffic", str(args.traffic), "--rate", *map(str, args.rate)]
-
-    def add(case: str, **values: Any) -> None:
-        report.add(backend, case, suite="open loop", **values)
-
-    process = EngineProcess(command, lambda row: add(**row), {})
-    return turns.Contender(backend, process, gate, lambda reason: add("run", failed=reason))
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks serve --engine vllm --open-loop", description=__doc__
     )
-    parser.add_argument("--out", type=Path, help="results file (JSON)")
     parser.add_argument("--rate", type=float, nargs="+", required=True, help="requests a second")
     parser.add_argument("--traffic", type=float, default=60, help="seconds of arrivals a rate (%(default)s)")
     parser.add_argument(
         "--backends", default="FLASH_ATTN,CUSTOM,TRITON_ATTN,FLASHINFER", help="in turn (%(default)s)"
     )
     parser.add_argument("--layers", type=int, default=32, help="fewer only to try it (%(default)s)")
-    parser.add_argument("--gate", type=Path, help=argparse.SUPPRESS)
     add_process_options(parser)
     args = parser.parse_args(arguments)
     if args.child:
         child(args)
         return
-    end = time.monotonic() + 60 * args.minutes
-    report, names = Report(args.out, machine("vllm")), args.backends.split(",")
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder, "llama"), args.layers)
-        engines = [contender(name, args, Path(folder), report) for name in names]
-        turns.take_turns(engines, end, 25 + args.traffic)
+    with parent(args, "vllm", "open loop") as p:
+        model = make_model(p.folder / "model", args.layers)
+        engines = [p.contender(name, model) for name in args.backends.split(",")]
+        turns.take_turns(engines, p.end, 25 + args.traffic)
