@@ -25,7 +25,7 @@ extern "C" int fi_attention(const fi::AttentionParams* params, void* stream_hand
   attention_kernel<<<params->workers, kThreads, kSmemBytes, stream>>>(*params);
   error = cudaGetLastError();
   if (error != cudaSuccess) return error;
-  merge_after_items<<<params->workers * kMergeBlocks, 32 * kMergeWarps, 0, stream>>>(*params);
+  merge_after_items<<<params->workers, 32 * kMergeWarps, 0, stream>>>(*params);
   return cudaGetLastError();
 }
 

@@ -148,8 +148,7 @@ extern "C" int fi_attention(const fi::AttentionParams* attention, void* stream_h
   if (error != cudaSuccess) return error;
   error = launch_early(attention_kernel, params, attention->workers, kThreads, kSmemBytes, stream);
   if (error != cudaSuccess) return error;
-  return launch_early(merge_after_items, *attention, attention->workers * kMergeBlocks, 32 * kMergeWarps, 0,
-                      stream);
+  return launch_early(merge_after_items, *attention, attention->workers, 32 * kMergeWarps, 0, stream);
 }
 
 extern "C" const char* fi_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

@@ -7,12 +7,10 @@
 
 namespace fi::smxx {
 
-constexpr int kMergeWarps = 8;
-// How many blocks a multiprocessor holds, and how many there are for each worker. Composable formats have
-// many rows to join.
-constexpr int kMergeResidents = kLevels && kDimVo <= 128 ? 4 : 2;
-constexpr int kMergeBlocks = kLevels ? kMergeResidents : 1;
-constexpr int kMergeUnroll = kLevels ? 4 : 8;  // fits the registers
+// Composable formats have many rows to join: as many warps as the registers permit.
+constexpr int kMergeWarps = !kLevels ? 8 : kDimVo <= 128 ? 32 : 16;
+constexpr int kMergeResidents = kLevels ? 1 : 2;  // blocks of a multiprocessor
+constexpr int kMergeUnroll = kLevels ? 4 : 8;     // fits the registers
 
 // A batch beyond the planner's capacity has no items. Without synchronising nobody can be told, so every
 // output becomes NaN: it shows where a stale or empty row would pass for an answer.
