@@ -187,7 +187,7 @@ struct PlanParams {
   int32_t tile_q_wide, tile_q_narrow, tile_kv;
   int32_t causal;      // 1: keys after the row's own position are pruned
   int32_t window;      // keys (q - window, q] are kept; 0: no window
-  int32_t max_rounds;  // that the executor can walk
+  int32_t max_rounds;  // that the executor can walk, and worker_indptr holds
   Costs cost;
   int32_t chunk_tiles;  // batch invariant: requests of one narrow tile are cut every so many KV tiles; 0: off
   int32_t max_segments;  // capacities

@@ -17,13 +17,13 @@
 // to slots as usual, and all are joined place by place.
 #pragma once
 #include "cost.h"
-#include "params.h"
+#include "tiles.h"
 
 namespace fi {
 
 constexpr int32_t kMaxKvLen = 1 << 30;  // tokens; keeps tile arithmetic within int32
 constexpr int32_t kMaxWorkers = 512;    // one thread of the device planner each
-constexpr int32_t kMaxRounds = 64;
+constexpr int32_t kMaxRounds = max_rounds_for(kRoomSm90);
 
 // Divisions are of numbers that are not negative. On a GPU those of 64 bits are calls of one function,
 // because the planner runs once a step and waits for its instructions more than for anything else.

@@ -18,7 +18,7 @@ constexpr int32_t kChunkTiles = 32;
 constexpr int kRoomCpu = 0, kRoomSm80 = 80, kRoomSm90 = 90;
 
 // Slices of a plan that the executor can walk a worker, see schedule.h.
-FI_HD constexpr int32_t max_rounds_for(int room) { return room == kRoomSm90 ? 32 : 1; }
+FI_HD constexpr int32_t max_rounds_for(int room) { return room == kRoomSm90 ? 128 : 1; }
 
 // arch: 0 for the CPU executor, else 80, 86, 89, 90, ...
 FI_HD constexpr Tiles tiles_for(int room, int arch, int head_dim_qk, int head_dim_vo) {

@@ -256,6 +256,12 @@ def test_rounds_keep_workers_at_neighbouring_row_tiles() -> None:
     assert arrays(one_round.planner().plan(s.batch())).rounds == 1
 
 
+def test_workers_are_at_row_tiles_whose_windows_overlap() -> None:
+    s = replace(LLAMA_ON_H100, q_lens=(16384,) * 4, kv_lens=(16384,) * 4, window=1024)
+    plan = arrays(s.planner().plan(s.batch()))
+    assert np.diff(plan.worker_indptr).max() * s.q_wide // s.group <= s.window // 4
+
+
 def test_window_keeps_only_its_tiles() -> None:
     s = Setup((1,), (4096,), window=10, workers=1)
     assert arrays(s.planner().plan(s.batch())).items[:, 3:5].tolist() == [[4084, 4096]]

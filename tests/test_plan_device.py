@@ -77,7 +77,7 @@ LARGE = {
     ),
     "rounds and shared memory": Setup((0, 3, 11) * 900, (11, 300, 50) * 900, workers=512, kv_heads=3),
     "dealt out in rounds": Setup((700, 1, 900), (700, 90, 2000), kv_heads=4, workers=20, room=90),
-    "more rounds than the executor walks": Setup((3000,), (3000,), kv_heads=8, workers=3, room=90),
+    "more rounds than the executor walks": Setup((3000,), (3000,), kv_heads=8, workers=1, room=90),
     "chunks of a long request": replace(
         Setup((1, 3, 20), (60000, 7, 800), kv_heads=2, workers=100, tile_kv=1), batch_invariant=True
     ),

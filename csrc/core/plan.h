@@ -24,7 +24,7 @@ struct PlanConfig {
 // writes, so that a plan made on the host reaches the device in one copy that ends with its last item.
 struct PlanLayout {
   int64_t max_segments, max_items, max_slots, max_merges;
-  int64_t max_slices;              // of the line: workers, times the rounds that the executor can walk
+  int64_t max_slices;              // of the line: workers, times the rounds there may be
   int64_t list_lines, list_width;  // of the TileList, 0: none
   int64_t worker_indptr, merges, segment_start, segment_node, segment_tile, chunk_slot, chunk_merge, items;
   int64_t list_counts, list_tiles;

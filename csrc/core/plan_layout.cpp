@@ -92,7 +92,9 @@ PlanLayout plan_layout(const PlanConfig& c) {
     l.max_slots = c.workers - 1 + l.max_merges;
     l.max_items = l.max_segments * c.kv_heads + c.workers - 1;
   }
-  l.max_slices = max_rounds_for(int(c.room)) * c.workers;
+  // A round has a segment and more for each worker.
+  int64_t most_rounds = std::max<int64_t>(l.max_segments * c.kv_heads / c.workers, 1);
+  l.max_slices = std::min<int64_t>(max_rounds_for(int(c.room)), most_rounds) * c.workers;
   l.first_slot = ceil_div(shared_rows * c.kv_heads, c.tile_q_wide);
   require_items(std::max(l.max_items, l.max_slots));
   require(l.first_slot + l.max_slots <= INT32_MAX / c.tile_q_wide,
@@ -163,7 +165,7 @@ PlanParams plan_params(const PlanConfig& c, const PlanLayout& l, char* buffer, c
   p.tile_q_wide = int32_t(c.tile_q_wide);
   p.tile_q_narrow = int32_t(c.tile_q_narrow);
   p.tile_kv = int32_t(c.tile_kv);
-  p.max_rounds = max_rounds_for(int(c.room));
+  p.max_rounds = int32_t(l.max_slices / c.workers);
   p.cost = costs_for(int32_t(c.room));
   p.causal = int32_t(c.causal);
   p.window = int32_t(c.window);
