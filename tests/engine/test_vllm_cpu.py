@@ -11,10 +11,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -48,6 +50,8 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
     "soft cap ignored": ("soft cap and alternating windows", {"logits_soft_cap": None}),
     "scale off": ("chunked prefill and mixed batches", {"scale": 0.1}),
 }
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "variants_to_serve.py"
+FIRST, RECENT = 4, 40  # tokens of the streaming window: prompts are longer
 SPAWNED = "chunked prefill and mixed batches"
 
 
@@ -112,6 +116,12 @@ from fi_backend.variants import Argument, define
 
 LAST = define("LAST", Argument("keys", "int", at_least=1), mask="q_pos - kv_pos < keys"), {"keys": %d}
 """
+STREAMING = f"""
+import runpy
+
+variant, _ = runpy.run_path({str(EXAMPLES)!r})["STREAMING"]
+STREAMING = variant, {{"first": {FIRST}, "recent": {RECENT}}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +132,11 @@ def ours(root: Path) -> dict[str, Any]:
     unwindowed = {**job("no window", root, "sliding window"), "model": folder("wide", root)}
     option = unwindowed["engine"] | {"additional_config": {"fi_variant": f"{own}:LAST"}}
     jobs += [unwindowed, {**unwindowed, "name": "own window", "engine": option}]
+    streaming = root / "streaming.py"
+    streaming.write_text(STREAMING)
+    for name, variant in (("streaming", f"{streaming}:STREAMING"), ("sigmoid", f"{EXAMPLES}:SIGMOID")):
+        plain = job(name, root, SPAWNED)
+        jobs.append({**plain, "engine": plain["engine"] | {"additional_config": {"fi_variant": variant}}})
     jobs += [job(name, root, scenario, layer) for name, (scenario, layer) in CONTROLS.items()]
     return serve(jobs, FI_BACKEND_CPU="1")
 
@@ -136,6 +151,47 @@ def test_greedy_tokens_equal_native(scenario: str, native: dict[str, Any], ours:
 def test_variant_of_ones_own(native: dict[str, Any], ours: dict[str, Any]) -> None:
     # the same weights without a window in the model: it comes from --additional-config
     assert ours["own window"]["tokens"] == native["sliding window"]["tokens"] != ours["no window"]["tokens"]
+
+
+def streaming(logits: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    seen = (k <= q) & ((k < FIRST) | (q - k < RECENT))
+    return logits.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+def sigmoid(logits: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return (logits - 7).sigmoid() * (k <= q)
+
+
+def by_transformers(model: str, weights: Callable[..., torch.Tensor]) -> list[list[int]]:
+    """Greedy answers to MIXED by Hugging Face's model with this attention."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    def attend(module: Any, q: Any, k: Any, v: Any, *_: Any, scaling: float, **__: Any) -> Any:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        positions = torch.arange(q.shape[2])
+        found = weights(q @ k.mT * scaling, positions[:, None], positions) @ v
+        return found.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("of_the_test", attend)
+    network = AutoModelForCausalLM.from_pretrained(
+        model, attn_implementation="of_the_test", dtype=torch.float32
+    )
+    answers = []
+    for prompt in MIXED:
+        ids = torch.tensor([prompt])
+        for _ in range(24):
+            with torch.inference_mode():
+                last = network(ids, use_cache=False).logits[:, -1]
+            ids = torch.cat([ids, last.argmax(-1, keepdim=True)], 1)
+        answers.append(ids[0, len(prompt) :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("weights", [streaming, sigmoid])
+def test_examples_served(weights: Any, root: Path, ours: dict[str, Any]) -> None:
+    found = ours[weights.__name__]
+    assert found["plans"] > 0 and found["tokens"] != ours[SPAWNED]["tokens"]
+    assert found["tokens"] == [by_transformers(folder("llama", root), weights)]
 
 
 def test_the_prefix_cache_was_used(ours: dict[str, Any]) -> None:
