@@ -361,7 +361,9 @@ class Planner:
         (compared by `run` on a CPU, and with FI_DEBUG=1), and on="device".
 
         A Composable batch takes a planner of several levels, exact lengths and on="device". On a GPU one with
-        prefixes takes its lengths as qo_indptr_cpu and kv_len_cpu too, and cannot be captured.
+        prefixes takes its lengths as qo_indptr_cpu and kv_len_cpu too, and cannot be captured. With levels a
+        `run` that is captured alone follows plans of as many requests as its own: pad fewer by requests
+        without query tokens. This is not checked.
 
         Raises ValueError or TypeError for lengths of the wrong shape, dtype or device, and, where they are
         read on the host, for lengths beyond the capacities. On a GPU those give an empty plan: Plan.check.
