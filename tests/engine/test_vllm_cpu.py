@@ -52,6 +52,7 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "variants_to_serve.py"
 FIRST, RECENT = 4, 40  # tokens of the streaming window: prompts are longer
+MAX_TOKENS = 24
 SPAWNED = "chunked prefill and mixed batches"
 
 
@@ -67,10 +68,16 @@ def job(name: str, root: Path, scenario: str, layer: dict[str, Any] | None = Non
         "model": folder(model, root),
         "engine": engine,
         "rounds": rounds,
-        "max_tokens": 24,
+        "max_tokens": MAX_TOKENS,
         "layer": layer or {},
         "prefix": "on" if "enable_prefix_caching" in engine else "auto",
     }
+
+
+def with_variant(plain: dict[str, Any], name: str, variant: str) -> dict[str, Any]:
+    """The same job with a variant of one's own, FILE:NAME."""
+    engine = plain["engine"] | {"additional_config": {"fi_variant": variant}}
+    return {**plain, "name": name, "engine": engine}
 
 
 def serve(jobs: list[dict[str, Any]], **environment: str) -> dict[str, Any]:
@@ -130,13 +137,14 @@ def ours(root: Path) -> dict[str, Any]:
     own = root / "own.py"
     own.write_text(OWN % models.WINDOW)
     unwindowed = {**job("no window", root, "sliding window"), "model": folder("wide", root)}
-    option = unwindowed["engine"] | {"additional_config": {"fi_variant": f"{own}:LAST"}}
-    jobs += [unwindowed, {**unwindowed, "name": "own window", "engine": option}]
+    jobs += [unwindowed, with_variant(unwindowed, "own window", f"{own}:LAST")]
     streaming = root / "streaming.py"
     streaming.write_text(STREAMING)
-    for name, variant in (("streaming", f"{streaming}:STREAMING"), ("sigmoid", f"{EXAMPLES}:SIGMOID")):
-        plain = job(name, root, SPAWNED)
-        jobs.append({**plain, "engine": plain["engine"] | {"additional_config": {"fi_variant": variant}}})
+    plain = job(SPAWNED, root, SPAWNED)
+    jobs += [
+        with_variant(plain, "streaming", f"{streaming}:STREAMING"),
+        with_variant(plain, "sigmoid", f"{EXAMPLES}:SIGMOID"),
+    ]
     jobs += [job(name, root, scenario, layer) for name, (scenario, layer) in CONTROLS.items()]
     return serve(jobs, FI_BACKEND_CPU="1")
 
@@ -179,7 +187,7 @@ def by_transformers(model: str, weights: Callable[..., torch.Tensor]) -> list[li
     answers = []
     for prompt in MIXED:
         ids = torch.tensor([prompt])
-        for _ in range(24):
+        for _ in range(MAX_TOKENS):
             with torch.inference_mode():
                 last = network(ids, use_cache=False).logits[:, -1]
             ids = torch.cat([ids, last.argmax(-1, keepdim=True)], 1)
