@@ -16,14 +16,14 @@ namespace fi {
 // One piece of attention: a tile of packed query rows of one KV head against a range of KV tokens.
 // A packed row is (query token, query head of the group): row = token_in_request * group + head_in_group.
 struct WorkItem {
-  int32_t request;    // index into the batch; composable formats: the node, see schedule.h
+  int32_t request;    // index into the batch; composable formats: ~i for prefix i of the tree
   int32_t row_begin;  // first packed row of the tile, counted from the request's first row
   int32_t kv_head;
   int32_t
       kv_begin;  // KV tokens [kv_begin, kv_end), multiples of tile_kv; clamped to the true kv_len when read.
   int32_t kv_end;  // Plans with a TileList: places in the row tile's list, times tile_kv
   int32_t slot;    // partial state to write, -1: the tile was not split, write the output directly;
-                   // composable formats: its first row
+                   // composable formats: -2 - the first row of states that segment_rows counts
   int32_t flags;   // ItemFlag
   int32_t level;   // composable formats: prefixes above the node; 0 for a single format
 };
@@ -31,7 +31,8 @@ enum ItemFlag : int32_t {
   kWideTile = 1,    // tile_q_wide rows; otherwise tile_q_narrow
   kFirstPiece = 2,  // lowest KV range of its tile: begins where the variant says, even below kv_begin
 };
-// A merge is a WorkItem too: kv_begin = first slot, kv_end = one past the last slot, slot = -1.
+// A merge is a WorkItem too: kv_begin = first slot, kv_end = one past the last slot, slot = -1. Composable
+// formats: request -1, if its rows are joined place by place instead.
 
 // First 64 bytes of a plan buffer. Counts are of this plan; capacities are the planner's.
 struct PlanHeader {

@@ -14,7 +14,8 @@
 // Composable formats: the line is made of nodes. A node is a request, as far as its prefixes leave it keys,
 // or a prefix with the rows of all its requests: num_requests + its number in the tree. Rows with prefixes
 // have partial states in several nodes. The first piece of such a unit writes to rows of its segment, others
-// to slots as usual, and all are joined place by place.
+// to slots as usual, and all are joined place by place. Executors do not count requests: work items name a
+// prefix by its number alone, ~i, so that a captured run follows plans of any number of requests.
 #pragma once
 #include "cost.h"
 #include "tiles.h"
@@ -393,8 +394,9 @@ FI_HD WorkItem make_item(const PlanParams& p, const Segment& s, int32_t head, in
   bool first = begin == 0 && s.chunk == 0 && s.rows == 0;
   int32_t flags = (s.wide ? kWideTile : 0) | (first ? kFirstPiece : 0);
   int32_t origin = s.tile_begin;
-  return {s.node, s.row_begin, head,   (origin + begin) * p.tile_kv, (origin + end) * p.tile_kv,
-          slot,   flags,       s.level};
+  int32_t request = s.node < p.num_requests ? s.node : ~(s.node - p.num_requests);
+  return {request, s.row_begin, head,   (origin + begin) * p.tile_kv, (origin + end) * p.tile_kv,
+          slot,    flags,       s.level};
 }
 
 // Composable formats: rows with keys in other nodes are joined place by place instead, and nobody has merges
@@ -430,18 +432,18 @@ FI_HD Piece piece_between(const Cut& left, const Count& left_count, const Cut& r
   return piece;
 }
 
-// Composable formats: in rows of partial states.
-FI_HD int32_t state_row(const PlanParams& p, const Line& line, const Unit& u, const Segment& segment,
-                        const Piece& piece) {
+// As in WorkItem::slot.
+FI_HD int32_t piece_slot(const PlanParams& p, const Line& line, const Unit& u, const Segment& segment,
+                         const Piece& piece) {
   if (segment.rows > 0 && piece.begin == 0)
-    return u.head * line.state_rows + p.levels.segment_rows[u.segment];
-  return piece.slot < 0 ? -1 : (p.levels.first_slot + piece.slot) * p.tile_q_wide;
+    return -2 - (u.head * line.state_rows + p.levels.segment_rows[u.segment]);
+  return piece.slot < 0 ? -1 : p.levels.first_slot + piece.slot;
 }
 
 FI_HD WorkItem item_of(const PlanParams& p, const Line& line, const Piece& piece) {
   Unit u = unit_at(line, piece.unit);
   Segment segment = segment_of(p, line, u);
-  int32_t slot = has_levels(p) ? state_row(p, line, u, segment, piece) : piece.slot;
+  int32_t slot = piece_slot(p, line, u, segment, piece);
   return make_item(p, segment, u.head, piece.begin, at_most(piece.end, segment.tiles), slot);
 }
 

@@ -57,6 +57,11 @@ struct State {
   FI_HD float lse() const { return sum > 0.f ? max + log2f(sum) : -INFINITY; }  // log2
 };
 
+// The first of an item's rows of partial states, see WorkItem::slot; negative: it writes the output.
+FI_HD int32_t first_state(const AttentionParams& p, int32_t slot) {
+  return slot < -1 ? -2 - slot : slot * p.partial_rows;
+}
+
 // Batch invariant: the state that a piece of work joins its chunks to. The slot's if its row tile was split,
 // otherwise the worker's own.
 FI_HD int64_t state_of_piece(const AttentionParams& p, int32_t slot, int32_t worker, int32_t tile_q) {

@@ -362,8 +362,8 @@ class Planner:
 
         A Composable batch takes a planner of several levels, exact lengths and on="device". On a GPU one with
         prefixes takes its lengths as qo_indptr_cpu and kv_len_cpu too, and cannot be captured. With levels a
-        `run` that is captured alone follows plans of as many requests as its own: pad fewer by requests
-        without query tokens. This is not checked.
+        `run` that is captured alone follows plans of any number of requests in the same memory, unless it was
+        captured on one request: then it follows only plans without prefixes. This is not checked.
 
         Raises ValueError or TypeError for lengths of the wrong shape, dtype or device, and, where they are
         read on the host, for lengths beyond the capacities. On a GPU those give an empty plan: Plan.check.
@@ -522,7 +522,8 @@ class Plan:
 
     @property
     def items(self) -> torch.Tensor:
-        """[max_items, 8] int32: request, row_begin, kv_head, kv_begin, kv_end, slot, flags, level."""
+        """[max_items, 8] int32: request, row_begin, kv_head, kv_begin, kv_end, slot, flags, level. With
+        levels request ~i is prefix i of the tree, and slots below -1 are -2 - row of partial_o."""
         return self.planner.items
 
     @property

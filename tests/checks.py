@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +100,71 @@ def check_shared(case: Case, device: str = "cpu", **planner: Any) -> None:
     assert made.finder is not None and int(made.finder.header[0]) > 0, "expected a case that shares"
     poison(plan)
     compare(inputs, *run_inputs(plan, inputs))
+
+
+def refill(inputs: Inputs, other: Inputs) -> None:
+    """Another batch into the same addresses, as an engine does between replays. What is behind it stays."""
+    rows, width = other.batch.table.shape
+    for mine, theirs in (
+        (inputs.q, other.q),
+        (inputs.kv.k, other.kv.k),
+        (inputs.kv.v, other.kv.v),
+        (inputs.batch.qo_indptr, other.batch.qo_indptr),
+        (inputs.batch.kv_len, other.batch.kv_len),
+        (inputs.batch.table[:, :width], other.batch.table[:rows]),
+    ):
+        mine[: len(theirs)].copy_(theirs)
+
+
+ROOM = Case((1,) * 12, (1500,) * 12, q_heads=8, extra_tokens=0)
+# requests and prefixes of batches that fit it
+FOLLOWING = (
+    (12, ((0, 12, 256), (2, 8, 640), (4, 3, 1280))),
+    (5, ()),
+    (4, ((0, 4, 640), (1, 3, 1152))),
+    (1, ()),
+    (12, ((0, 6, 512), (6, 6, 640))),
+    (2, ((0, 2, 1024),)),
+)
+Capture = Callable[[Plan, Inputs, torch.Tensor, torch.Tensor], Callable[[], None]]
+
+
+def bound(plan: Plan, room: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Callable[[], None]:
+    """A captured run, as far as a CPU has any: what it is launched with stays, plans change."""
+
+    def replay() -> None:
+        still = Plan(plan.planner, plan.batch, plan.planner.planned)
+        run(still, room.q, room.kv, out, variant=room.variant, lse=lse)
+
+    return replay
+
+
+def check_follows(room: Inputs, planner: Planner, requests: int, capture: Capture) -> None:
+    """A run captured on so many requests follows plans of fewer and of more, with prefixes and without.
+
+    capture: of a plan, room, out and lse, returns what replays their run.
+    """
+
+    def first(n: int) -> Composable:
+        batch = room.batch
+        return Composable(replace(batch, qo_indptr=batch.qo_indptr[: n + 1], kv_len=batch.kv_len[:n]))
+
+    out, lse = torch.full_like(room.out, float("nan")), torch.full_like(room.lse, float("nan"))
+    replay = capture(planner.plan(first(requests)), room, out, lse)
+    for n, prefixes in FOLLOWING:
+        if requests == 1 and prefixes:
+            continue  # captured without levels
+        rng, most = random.Random(n), max([keys for *_, keys in prefixes], default=100)
+        kv_lens = tuple(most + rng.randint(1, 1499 - most) for _ in range(n))
+        case = replace(room.case, q_lens=(1,) * n, kv_lens=kv_lens, prefixes=prefixes, seed=n)
+        refill(room, other := make(case, planner.device))
+        plan = planner.plan(first(n))
+        assert bool(plan.header[11]) == bool(prefixes), "places"
+        poison(plan)
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+        replay()
+        compare(other, out, lse)
 
 
 def check_repeats(case: Case, device: str = "cpu", times: int = 20) -> None:

@@ -20,6 +20,7 @@ from test_plan_device import emulator as emulator
 from test_plan_device import plan_as_device
 
 from fi_backend import BlockSparse, Composable, Plan, Planner
+from fi_backend.show.schedule import Schedule
 from fi_backend.variants import CAUSAL, WINDOW, parse
 
 SLOW = [HealthCheck.function_scoped_fixture]
@@ -122,25 +123,29 @@ def check_levels(s: Setup, made: Plan) -> None:
     shared = {token: i for i, (token, _) in enumerate(nodes.places if levels else [])}
     written: dict[tuple[int, int], list[int]] = {}  # of token and head: states; -1: the output
 
-    def rows_of(node: int, kv_head: int, begin: int, width: int) -> list[tuple[int, int]]:
-        if node < len(s.q_lens):
-            tokens: Any = range(qo_indptr[node], qo_indptr[node + 1])
+    def rows_of(request: int, kv_head: int, begin: int, width: int) -> list[tuple[int, int]]:
+        if request >= 0:
+            tokens: Any = range(qo_indptr[request], qo_indptr[request + 1])
         else:
-            first, count = nodes.prefixes[node - len(s.q_lens)][:2]
+            first, count = nodes.prefixes[~request][:2]
             tokens = [token for token, _ in nodes.places[first : first + count]]
         packed = [(int(t), kv_head * s.group + g) for t in tokens for g in range(s.group)]
         return packed[begin : begin + width]
 
     states: set[int] = set()
-    slot_rows = 1 if levels else s.q_wide
-    for node, row, kv_head, begin, end, slot, flags, level in plan.items.tolist():
+    drawn = Schedule(made)
+    for n, (named, row, kv_head, begin, end, slot, flags, level) in enumerate(plan.items.tolist()):
         assert begin % s.tile_kv == 0 and end % s.tile_kv == 0 and 0 <= begin <= end
         assert level < planner.levels
-        for i, (token, head) in enumerate(rows_of(node, kv_head, row, s.width[bool(flags & WIDE)])):
+        rows = rows_of(named, kv_head, row, s.width[bool(flags & WIDE)])
+        assert drawn.rows[n] == len(rows)
+        what = f"request {named}" if named >= 0 else f"prefix of {nodes.prefixes[~named][5]} requests"
+        assert what in drawn.describe(n)
+        for i, (token, head) in enumerate(rows):
             request = int(of_token[token])
             at = head * s.q_lens[request] + token - int(qo_indptr[request])
             reads[request][at, 0 if flags & FIRST else begin : end] += 1
-            state = -1 if slot < 0 else slot * slot_rows + i
+            state = -1 if slot == -1 else i + (-2 - slot if slot < 0 else slot * s.q_wide)
             assert state not in states, "a state is written twice"
             states |= {state} - {-1}
             written.setdefault((token, head), []).append(state)
@@ -149,9 +154,9 @@ def check_levels(s: Setup, made: Plan) -> None:
         mask = np.tile(mask, (s.group * s.kv_heads, 1))
         assert (count[mask] == 1).all(), f"request {request}: {np.argwhere((count != 1) & mask)[:3]}"
     merged: dict[tuple[int, int], list[int]] = {}
-    for node, row, kv_head, begin, end, *_, flags, _ in plan.merges.tolist():
-        if node >= 0:
-            for i, at in enumerate(rows_of(node, kv_head, row, s.width[bool(flags & WIDE)])):
+    for request, row, kv_head, begin, end, *_, flags, _ in plan.merges.tolist():
+        if request >= 0:
+            for i, at in enumerate(rows_of(request, kv_head, row, s.width[bool(flags & WIDE)])):
                 merged[at] = [slot * s.q_wide + i for slot in range(begin, end)]
     for token, place in shared.items():
         for head in range(s.group * s.kv_heads):
@@ -256,6 +261,13 @@ def test_random_trees(rng: random.Random, levels: int, workers: int) -> None:
 def test_variants(variant: str) -> None:
     case = replace(SHARED, variant=variant)
     checks.check_shared(replace(case, q_lens=(1, 1, 1, 4, 1, 7, 1, 1)) if "TREE" in variant else case)
+
+
+@pytest.mark.parametrize("requests", [1, 2, 12])
+def test_follows_other_numbers_of_requests(requests: int) -> None:
+    room = make(replace(checks.ROOM, head_dim=16))
+    planner = checks.sharing_planner(room, workers=7, levels=4)
+    checks.check_follows(room, planner, requests, checks.bound)
 
 
 def test_a_wrong_hint_is_found() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import checks
@@ -13,7 +14,7 @@ from grid import EVERYTHING, SHARED
 from test_levels import case_of
 from test_plan_gpu import no_synchronisation
 
-from fi_backend import Composable, run
+from fi_backend import Composable, Plan, run
 
 pytestmark = pytest.mark.gpu
 DIMS = (128, 64, 32)  # the last is sm80's
@@ -98,15 +99,6 @@ def test_bitwise_repeatable() -> None:
         assert all(torch.equal(a[:n], b[:n]) for a, b in zip(first, again, strict=True))
 
 
-def refill(inputs: Inputs, other: Inputs) -> None:
-    """Another batch into the same addresses, as an engine does between replays."""
-    for mine, theirs in ((inputs.q, other.q), (inputs.kv.k, other.kv.k), (inputs.kv.v, other.kv.v)):
-        mine[: len(theirs)].copy_(theirs)
-    inputs.batch.qo_indptr.copy_(other.batch.qo_indptr)
-    inputs.batch.kv_len.copy_(other.batch.kv_len)
-    inputs.batch.table[:, : other.batch.table.shape[1]].copy_(other.batch.table)
-
-
 @pytest.mark.parametrize("head_dim", [128, 32])
 def test_captured_on_one_tree_replayed_on_others(head_dim: int) -> None:
     """Prefixes found, planned and run inside the graph; replayed on deeper trees, on none, on empty rows."""
@@ -136,7 +128,7 @@ def test_captured_on_one_tree_replayed_on_others(head_dim: int) -> None:
         most = max([keys for *_, keys in prefixes], default=100)
         kv_lens = tuple(most + rng.randint(1, 1499 - most) for _ in range(12))
         other = make(Case((1,) * 12, kv_lens, prefixes=prefixes, seed=seed, **shape), "cuda")
-        refill(longest, other)
+        checks.refill(longest, other)
         out.fill_(float("nan"))
         planner.partial_o.fill_(float("nan"))
         planner.partial_lse.fill_(float("nan"))
@@ -148,6 +140,26 @@ def test_captured_on_one_tree_replayed_on_others(head_dim: int) -> None:
     longest.batch.kv_len.zero_()  # an engine's padded requests
     graph.replay()
     assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def graph_of(plan: Plan, room: Inputs, out: torch.Tensor, lse: torch.Tensor) -> Callable[[], None]:
+    def step() -> None:
+        run(plan, room.q, room.kv, out, variant=room.variant, lse=lse)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@pytest.mark.parametrize("head_dim", [128, 32])
+@pytest.mark.parametrize("requests", [1, 2, 12])
+def test_run_captured_at_one_number_of_requests_replayed_at_others(requests: int, head_dim: int) -> None:
+    """Planned outside the graph."""
+    room = make(replace(checks.ROOM, head_dim=head_dim), "cuda")
+    checks.check_follows(room, checks.sharing_planner(room, levels=4), requests, graph_of)
 
 
 def test_beyond_the_capacities() -> None:

@@ -19,7 +19,7 @@ from cases import Case, make
 from defined import ARGS, ARGS_CHECKED, CHECKED, inputs_of
 from grid import EVERYTHING, LONG, MIXED, SHARED, SMALL
 
-from fi_backend import Composable, jit
+from fi_backend import Composable, Planner, jit
 from fi_backend.plan import Tiles
 from fi_backend.run import make_runner
 
@@ -81,14 +81,14 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return build
 
 
-def check(
+def planner_of(
     build: Build,
     inputs: Any,
     workers: int,
     changes: dict[str, str] | None = None,
     skip: bool = False,
     levels: bool = False,
-) -> None:
+) -> Planner:
     dims = inputs.kv.head_dim_qk, inputs.kv.head_dim_vo
     tiles = Tiles(*tuple(jit.core().plan_tiles(90, 90, *dims))[:3], workers, 90)
     skipping = {"causal": None, "window": None, "skip": inputs.variant} if skip else {}
@@ -98,6 +98,18 @@ def check(
     planner.__dict__["_runner"] = runner = make_runner(checks.planner_for(inputs))
     spec = jit.Spec(90, "bf16", *dims, inputs.variant, tile_list=skip, levels=levels, debug=runner.debug)
     runner.executors[inputs.variant, inputs.q.dtype, levels] = build(spec, changes or {})
+    return planner
+
+
+def check(
+    build: Build,
+    inputs: Any,
+    workers: int,
+    changes: dict[str, str] | None = None,
+    skip: bool = False,
+    levels: bool = False,
+) -> None:
+    planner = planner_of(build, inputs, workers, changes, skip, levels)
     batch = Composable(inputs.batch) if levels else inputs.batch
     plan = planner.plan(batch, **(inputs.variant_args if skip else {}))
     if skip:
@@ -130,6 +142,11 @@ TREES = [
 @pytest.mark.parametrize("workers", [2, 40])
 def test_shared_prefixes(build: Build, case: Case, workers: int) -> None:
     check(build, make(case), workers, levels=True)
+
+
+def test_follows_other_numbers_of_requests(build: Build) -> None:
+    room = make(checks.ROOM)
+    checks.check_follows(room, planner_of(build, room, 12, levels=True), 3, checks.bound)
 
 
 @pytest.mark.parametrize("name", ARGS)

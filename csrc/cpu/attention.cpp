@@ -89,8 +89,7 @@ int32_t tokens_of(const AttentionParams& p, int32_t request) {
 
 // The prefix that an item is of, null: a request's own keys.
 const Prefix* prefix_of(const AttentionParams& p, const WorkItem& w) {
-  if (!kLevels || w.request < p.batch.num_requests) return nullptr;
-  return p.prefixes + (w.request - p.batch.num_requests);
+  return kLevels && w.request < 0 ? p.prefixes + ~w.request : nullptr;
 }
 
 int rows_of(const AttentionParams& p, const WorkItem& w) {
@@ -291,12 +290,13 @@ void write_row(const AttentionParams& p, const Args& args, const Row& row, State
 }
 
 void store(const AttentionParams& p, const Args& args, const WorkItem& w, const Tile& t) {
+  const int64_t first = first_state(p, w.slot);
   for (int i = 0; i < t.rows; ++i) {
-    if (w.slot < 0) {
+    if (first < 0) {
       write_row(p, args, t.row[i], t.state[i], t.o[i]);
       continue;
     }
-    int64_t at = (kLevels ? w.slot : int64_t(w.slot) * p.partial_rows) + i;
+    int64_t at = first + i;
     p.partial_lse[at] = t.state[i].lse();
     float inverse = t.state[i].inverse();
     for (int d = 0; d < kHeadDimVo; ++d) p.partial_o[at * kHeadDimVo + d] = t.o[i][d] * inverse;

@@ -1,6 +1,7 @@
 // One work item, made ready by one thread in shared memory. Threads read it there whenever they need it: held
 // in registers it would not fit beside a wide tile.
 #pragma once
+#include "../state.h"
 #include "spec.cuh"
 
 #include <new>
@@ -52,10 +53,10 @@ template <>
 struct QueryTokens<true> {
   const Place* places = nullptr;  // null: the request's
 
-  __device__ __forceinline__ const Prefix* find_prefix(const AttentionParams& p, int node) {
-    if (node < p.batch.num_requests) return nullptr;
+  __device__ __forceinline__ const Prefix* find_prefix(const AttentionParams& p, int request) {
+    if (request >= 0) return nullptr;
     places = p.places;
-    return p.prefixes + (node - p.batch.num_requests);
+    return p.prefixes + ~request;
   }
   __device__ __forceinline__ bool scattered() const { return places; }
   __device__ __forceinline__ int token_at(int place) const { return places ? places[place].token : place; }
@@ -72,7 +73,7 @@ struct Task : KvTiles<kTileList>, QueryTokens<kLevels> {
   int32_t q_pos;    // its position among the keys
   int32_t kv_len;
   int32_t begin, end;  // packed rows of the tile; none: nothing to do
-  int32_t slot;        // of the partial state; -1: straight to the output
+  int32_t slot;        // of the partial state; kLevels: its first row; negative: straight to the output
   int32_t wide;
   int32_t key_begin, key_end;  // keys that some row of the tile may see
   int32_t first_token, tiles;  // KV tiles of this piece
@@ -87,7 +88,7 @@ struct Task : KvTiles<kTileList>, QueryTokens<kLevels> {
       : request(item.request),
         kv_head(item.kv_head),
         begin(item.row_begin),
-        slot(item.slot),
+        slot(kLevels ? first_state(p, item.slot) : item.slot),
         wide(item.flags & kWideTile),
         per_group(0xffffffffu / p.group + 1) {
     const Prefix* prefix = nullptr;

@@ -51,17 +51,18 @@ class Schedule:
         kv_tiles = (self.items[:, 4] - self.items[:, 3]) // tiles.kv
         self._fixed = cost.of_items(np.zeros_like(kv_tiles), wide).sum()
         tokens = np.diff(plan.planned.qo_indptr.cpu().numpy())
-        self.requests, finder = len(tokens), plan.planner.finder
+        finder = plan.planner.finder
         self.prefixes = np.zeros((0, 8), np.int32)
         if finder is not None:
             cost = cost._replace(prefix=int(plan.header[12]))
-        self.cost = cost.of_items(kv_tiles, wide, self.items[:, 0] >= self.requests)
+        self.cost = cost.of_items(kv_tiles, wide, self.items[:, 0] < 0)
         if finder is not None:
             self.prefixes = finder.prefixes[: int(finder.header[0])].cpu().numpy()
-        of_node = np.concatenate([tokens, self.prefixes[:, 1]]) * plan.planner.group
-        self.prefill = of_node[self.items[:, 0]] > tiles.q_narrow
+        by_request = np.concatenate([tokens, self.prefixes[::-1, 1]])  # items name prefix i ~i: from the end
+        rows = by_request[self.items[:, 0]] * plan.planner.group
+        self.prefill = rows > tiles.q_narrow
         width = np.where(wide, tiles.q_wide, tiles.q_narrow)
-        self.rows = np.minimum(of_node[self.items[:, 0]] - self.items[:, 1], width)
+        self.rows = np.minimum(rows - self.items[:, 1], width)
 
     def summary(self) -> str:
         return (
@@ -117,10 +118,11 @@ class Schedule:
         if self.skips:
             keys = f"KV tiles {begin // self.tile_kv} to {end // self.tile_kv} of those it sees"
         what = f"{'prefill' if self.prefill[i] else 'decode'}: request {request}"
-        if request >= self.requests:
-            what = f"prefix of {self.prefixes[request - self.requests, 5]} requests"
+        if request < 0:
+            what = f"prefix of {self.prefixes[~request, 5]} requests"
+        state = "" if slot == -1 else f", partial state {slot}"
+        if slot < -1:
+            state = f", partial states from row {-2 - slot}"
         return (
-            f"{what}, KV head {head}, "
-            f"rows {row} to {row + self.rows[i]}, {keys}, cost {self.cost[i]}"
-            f"{'' if slot < 0 else f', partial state {slot}'}"
+            f"{what}, KV head {head}, rows {row} to {row + self.rows[i]}, {keys}, cost {self.cost[i]}{state}"
         )
